@@ -1,0 +1,157 @@
+"""What a stage needs of a device's memory.
+
+Per parameter, in bytes (mixed precision as in Micikevicius et al., 2018; sums are always fp32):
+
+    ==================  ====  =========
+    ..                  fp32  bf16/fp16
+    ==================  ====  =========
+    weights                4  2, and 4 of fp32 master weights
+    gradients              4  4, and 2 as the backward pass makes them
+    Adam's two moments     8  8
+    snapshot            12 on a CPU: an asynchronous checkpoint copies weights and moments
+    ==================  ====  =========
+
+A GPU's snapshot is a copy in host memory, so it does not count against the device.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+from ray_train_geo.cluster.topology import Device
+from ray_train_geo.model.catalog import (
+    ModelDims,
+    boundary_bytes,
+    embedding_activation_bytes,
+    embedding_parameters,
+    head_activation_bytes,
+    head_parameters,
+    layer_activation_bytes,
+    layer_parameters,
+)
+from ray_train_geo.spec import TrainingSpec
+
+__all__ = [
+    "CPU_OVERHEAD_BYTES",
+    "GPU_OVERHEAD_BYTES",
+    "MemoryEstimate",
+    "is_cpu",
+    "largest",
+    "stage_memory_bytes",
+    "stage_parameters",
+]
+
+CPU_OVERHEAD_BYTES = 300_000_000
+"""A worker process with torch and Ray loaded and no model (measured: 180 MB PSS, plus buffers)."""
+
+GPU_OVERHEAD_BYTES = 1_500_000_000
+"""CUDA context, cuBLAS workspace, NCCL buffers and the allocator's fragmentation."""
+
+_CHANNEL_MESSAGES = 8
+"""Sends under way, and receives posted ahead, that a channel between stages has at any rate."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Peak memory of one stage; all fields are in bytes."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    snapshot: int
+    activations: int
+    messages: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, f.name) for f in fields(self))
+
+    def describe(self) -> str:
+        """Such as ``5.21 GB = parameters 1.30 + gradients 1.30 + ...`` (parts in GB)."""
+        parts = [f"{f.name} {getattr(self, f.name) / 1e9:.2f}" for f in fields(self)]
+        return f"{self.total / 1e9:.2f} GB = {' + '.join(parts)}"
+
+
+def is_cpu(device: Device) -> bool:
+    """Whether ``device`` computes on host memory (its ``type`` begins with "cpu")."""
+    return device.type.lower().startswith("cpu")
+
+
+def stage_parameters(dims: ModelDims, layers: tuple[int, int]) -> int:
+    """Parameters held by the stage of ``layers`` (first, last exclusive).
+
+    The embedding is with layer 0, the head with the last layer; a tied token matrix is held a
+    second time where first and last layer are on different stages.
+    """
+    first, last = layers[0] == 0, layers[1] == dims.layers
+    count = (layers[1] - layers[0]) * layer_parameters(dims)
+    if first:
+        count += embedding_parameters(dims)
+    if last:
+        count += head_parameters(dims)
+        if dims.tied_embeddings and not first:
+            count += dims.vocab_size * dims.dim
+    return count
+
+
+def stage_memory_bytes(
+    dims: ModelDims,
+    training: TrainingSpec,
+    layers: tuple[int, int],
+    in_flight: int,
+    *,
+    cpu: bool,
+    sync_bucket_bytes: int = 0,
+) -> MemoryEstimate:
+    """Peak memory of the stage of ``layers`` (first, last exclusive).
+
+    Args:
+        in_flight: microbatches whose activations are held at once (1F1B: warmup + 1).
+        cpu: the device's memory is host memory.
+        sync_bucket_bytes: largest message of the gradient sync; 0 where there is none.
+
+    Activations are those of ``in_flight`` microbatches, and the working set of one backward: one
+    layer's activations once more (recomputed, or as gradients) and the gradient of the logits.
+    Messages: of each neighbour as many on their way out, and receives posted, as ``in_flight``,
+    but at least a channel's 8; outputs kept for their backward; two buckets of the gradient sync.
+    """
+    first, last = layers[0] == 0, layers[1] == dims.layers
+    seq_len, microbatch, precision = training.seq_len, training.microbatch, training.precision
+    parameters = stage_parameters(dims, layers)
+    fp32 = precision == "fp32"
+
+    kept = (layers[1] - layers[0]) * layer_activation_bytes(
+        dims, seq_len, microbatch, precision, training.recompute
+    )
+    working = layer_activation_bytes(dims, seq_len, microbatch, precision, False)
+    if first:
+        kept += embedding_activation_bytes(dims, seq_len, microbatch, precision)
+    if last:
+        head = head_activation_bytes(dims, seq_len, microbatch, precision)
+        kept += head
+        working += head
+
+    queued = ((not first) + (not last)) * 2 * max(in_flight, _CHANNEL_MESSAGES)
+    outputs = 0 if last else in_flight
+    message = boundary_bytes(dims, seq_len, microbatch, precision)
+    messages = (queued + outputs) * message + 2 * min(sync_bucket_bytes, 4 * parameters)
+    return MemoryEstimate(
+        parameters=parameters * (4 if fp32 else 6),
+        gradients=parameters * (4 if fp32 else 6),
+        optimizer=parameters * 8,
+        snapshot=parameters * 12 if cpu else 0,
+        activations=in_flight * kept + working,
+        messages=messages,
+        overhead=CPU_OVERHEAD_BYTES if cpu else GPU_OVERHEAD_BYTES,
+    )
+
+
+def largest(needs_bytes: Callable[[int], int], limit_bytes: int, most: int) -> int:
+    """The largest ``n`` in 1..``most`` with ``needs_bytes(n) <= limit_bytes``; 0 if there is none.
+
+    ``needs_bytes`` must not decrease.
+    """
+    return bisect_left(range(1, most + 1), True, key=lambda n: needs_bytes(n) > limit_bytes)

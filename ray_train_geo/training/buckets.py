@@ -1,0 +1,100 @@
+"""Which weights' gradients are summed together, with whom, and in which order (pure).
+
+The holders of a layer may hold different neighbours, when pipelines have different stage
+boundaries.  So a bucket belongs to a *set of holders*, and weights go into it in the order in
+which backward finishes them:
+
+    pipeline 0:  rank 0 [0 1 2]  rank 1 [3]         holders of 0 1: {0, 2}
+    pipeline 1:  rank 2 [0 1]    rank 3 [2 3]       holders of 2:   {0, 3}
+                                                    holders of 3:   {1, 3}
+
+Every rank starts its buckets from the last layer to the first.  That is one total order for all
+ranks, so no two of them can wait for each other, whatever groups they share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ray_train_geo.model.catalog import ModelDims
+from ray_train_geo.planning.plan import Plan
+
+__all__ = ["Bucket", "depth", "holders_of", "make_buckets"]
+
+_BYTES_PER_GRADIENT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Gradients that travel as one message.
+
+    Args:
+        holders: ranks that hold these weights, ascending.
+        names: weights in the order of the flat buffer.
+    """
+
+    holders: tuple[int, ...]
+    names: tuple[str, ...]
+
+
+def depth(name: str, dims: ModelDims) -> int:
+    """How deep in the model a weight lies: backward finishes the deepest first.
+
+    The token matrix is last even where it serves as the output head, as its gradient is complete
+    only when the first stage is done.
+    """
+    head, _, rest = name.partition(".")
+    match head:
+        case "tokens":
+            return 0
+        case "positions":
+            return 1
+        case "layers":
+            return 2 + int(rest.partition(".")[0])
+        case "norm":
+            return 2 + dims.layers
+        case "output":
+            return 3 + dims.layers
+    raise KeyError(name)
+
+
+def holders_of(name: str, plan: Plan, dims: ModelDims) -> tuple[int, ...]:
+    """Ranks that hold the weight ``name``, ascending."""
+    at = depth(name, dims)
+    layer = min(max(at - 2, 0), dims.layers - 1)
+    holders = set(plan.holders(layer))
+    if at == 0 and dims.tied_embeddings:
+        holders |= set(plan.holders(dims.layers - 1))
+    return tuple(sorted(holders))
+
+
+def make_buckets(
+    sizes: Mapping[str, int], plan: Plan, dims: ModelDims, bucket_bytes: int
+) -> list[Bucket]:
+    """Pack a rank's weights (name -> elements) into buckets of at most ``bucket_bytes``.
+
+    All ranks of a set of holders get the same buckets for it.  A weight larger than
+    ``bucket_bytes`` is a bucket of its own.
+    """
+    buckets: list[Bucket] = []
+    names: list[str] = []
+    holders: tuple[int, ...] = ()
+    filled = 0
+
+    def close() -> None:
+        nonlocal names, filled
+        if names:
+            buckets.append(Bucket(holders, tuple(names)))
+        names, filled = [], 0
+
+    for name in sorted(sizes, key=lambda n: (-depth(n, dims), n)):
+        size = sizes[name] * _BYTES_PER_GRADIENT
+        owners = holders_of(name, plan, dims)
+        if owners != holders or filled + size > bucket_bytes:
+            close()
+        holders = owners
+        names.append(name)
+        filled += size
+    close()
+    return buckets

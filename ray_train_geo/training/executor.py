@@ -1,0 +1,142 @@
+"""Runs one stage's actions for one step: forward, backward, and the messages between stages.
+
+    receive F ──▶ forward ──▶ send F        receive B ──▶ backward ──▶ send B
+
+Sends and receives go on while the stage computes: receives are posted ahead, sends are only
+waited for at the end of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+from ray_train_geo.model.dropout import dropout_key
+from ray_train_geo.model.stage import StageModule, next_token_loss
+from ray_train_geo.observe.trace import Tracer
+from ray_train_geo.schedule.actions import Action
+from ray_train_geo.training.channel import Receiver, Sender
+
+__all__ = ["Batches", "Edges", "StageExecutor"]
+
+
+class Batches(Protocol):
+    """Where a first stage gets its tokens and a last stage its targets."""
+
+    def __call__(self, step: int, microbatch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(inputs, targets)``, int64 ``[microbatch, seq_len]``; ``microbatch`` is global."""
+
+
+class Edges(NamedTuple):
+    """The stage's channels; the first stage has none upstream, the last none downstream."""
+
+    activation_in: Receiver | None
+    activation_out: Sender | None
+    gradient_in: Receiver | None
+    gradient_out: Sender | None
+
+
+class _Held(NamedTuple):
+    """What a microbatch's forward leaves for its backward."""
+
+    input: torch.Tensor
+    output: torch.Tensor
+
+
+class StageExecutor:
+    """One stage's part of a step.
+
+    Args:
+        actions: this stage's schedule; microbatches counted within the pipeline.
+        first_microbatch: global index of the pipeline's first microbatch.
+        before_last_backward: called when the next backward completes the step's gradients.
+    """
+
+    def __init__(
+        self,
+        module: StageModule,
+        actions: Sequence[Action],
+        first_microbatch: int,
+        batches: Batches,
+        edges: Edges,
+        seed: int,
+        tracer: Tracer,
+        before_last_backward: Callable[[], None],
+    ) -> None:
+        self._module = module
+        self._actions = actions
+        self._first = first_microbatch
+        self._batches = batches
+        self._edges = edges
+        self._seed = seed
+        self._tracer = tracer
+        self._before_last_backward = before_last_backward
+        self._last_backward = max(i for i, a in enumerate(actions) if a.kind == "B")
+        self._microbatches = sum(a.kind == "F" for a in actions)
+
+    def run(self, step: int, loss_scale: float, deadline_s: float) -> torch.Tensor | None:
+        """Run ``step``; gradients of (mean loss of a microbatch) x ``loss_scale`` add up.
+
+        Returns:
+            The sum of the loss over all tokens of this pipeline (a last stage), or None.
+
+        Raises:
+            TransportError: a neighbour is gone or too slow.
+        """
+        edges, held, losses = self._edges, dict[int, _Held](), list[torch.Tensor]()
+        for receiver in (edges.activation_in, edges.gradient_in):
+            if receiver is not None:
+                receiver.begin(step, self._microbatches)
+        for sender in (edges.activation_out, edges.gradient_out):
+            if sender is not None:
+                sender.begin(step)
+        for position, action in enumerate(self._actions):
+            index = action.microbatch
+            if action.kind == "F":
+                held[index] = self._forward(step, index, loss_scale, deadline_s, losses)
+            else:
+                if position == self._last_backward:
+                    self._before_last_backward()
+                self._backward(step, index, held.pop(index), deadline_s)
+        for sender in (edges.activation_out, edges.gradient_out):
+            if sender is not None:
+                sender.finish(deadline_s)
+        return torch.stack(losses).double().sum() if losses else None
+
+    def _forward(
+        self,
+        step: int,
+        index: int,
+        loss_scale: float,
+        deadline_s: float,
+        losses: list[torch.Tensor],
+    ) -> _Held:
+        edges, microbatch, name = self._edges, self._first + index, f"F{index}"
+        inputs = targets = None
+        if edges.activation_in is None or edges.activation_out is None:
+            inputs, targets = self._batches(step, microbatch)
+        if edges.activation_in is not None:
+            inputs = edges.activation_in.receive(name, index, deadline_s).requires_grad_()
+        assert inputs is not None
+        with self._tracer.span("forward", name, step, index):
+            output = self._module(inputs, dropout_key(self._seed, step, microbatch))
+            if edges.activation_out is None:
+                assert targets is not None
+                loss = next_token_loss(output, targets)
+                losses.append(loss.detach())
+                output = loss * (loss_scale / targets.numel())
+        if edges.activation_out is not None:
+            edges.activation_out.send(output.detach(), name, index, deadline_s)
+        return _Held(inputs, output)
+
+    def _backward(self, step: int, index: int, held: _Held, deadline_s: float) -> None:
+        edges, name, gradient = self._edges, f"B{index}", None
+        if edges.gradient_in is not None:
+            gradient = edges.gradient_in.receive(name, index, deadline_s)
+        with self._tracer.span("backward", name, step, index):
+            torch.autograd.backward(held.output, gradient)
+        if edges.gradient_out is not None:
+            assert held.input.grad is not None
+            edges.gradient_out.send(held.input.grad, name, index, deadline_s)

@@ -1,0 +1,187 @@
+"""Runs a plan on this machine without Ray: one process (or thread) a worker, and a store.
+
+For tests, benchmarks and machines without Ray.  There is no coordinator: nothing is planned anew
+when a worker dies, the run just ends with its error.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch.distributed import HashStore, Store, TCPStore
+
+from ray_train_geo.errors import AbortedError, GeoError, StorageError, TransportError, WorkerError
+from ray_train_geo.model.catalog import ModelDims
+from ray_train_geo.planning.plan import Plan
+from ray_train_geo.spec import JobSpec
+from ray_train_geo.training.checkpoint import CheckpointPart, CheckpointStore
+from ray_train_geo.training.collector import CheckpointCollector
+from ray_train_geo.training.identity import identity
+from ray_train_geo.training.runtime import (
+    Assignment,
+    Outcome,
+    StageRuntime,
+    Start,
+    StepRecord,
+)
+
+__all__ = ["LocalResult", "run_local"]
+
+
+@dataclass(slots=True)
+class LocalResult:
+    """What a local run gave: one record a step, and why it ended."""
+
+    records: list[StepRecord] = field(default_factory=list)
+    outcome: Outcome | None = None
+
+
+@dataclass(slots=True)
+class _Ended:
+    """A worker's last message; ``error`` is (is it a consequence of another's, error, trace)."""
+
+    rank: int
+    outcome: Outcome | None = None
+    error: tuple[bool, BaseException, str] | None = None
+
+
+class _QueueReporter:
+    def __init__(self, put: Callable[[Any], None]) -> None:
+        self._put = put
+
+    def committed(self, record: StepRecord) -> None:
+        self._put(record)
+
+    def part_written(self, step: int, part: CheckpointPart, state: Mapping[str, Any]) -> None:
+        self._put((step, part, dict(state)))
+
+    def part_failed(self, step: int, rank: int, error: StorageError) -> None:
+        self._put(error)
+
+
+def run_local(
+    job: JobSpec,
+    dims: ModelDims,
+    plan: Plan,
+    *,
+    device: str = "cpu",
+    processes: bool = True,
+    start: Start | None = None,
+    until: int | None = None,
+    deadline_s: float = 120.0,
+    data_fingerprint: str = "",
+) -> LocalResult:
+    """Train ``job`` under ``plan``, one process (or thread) a stage.
+
+    Args:
+        device: torch device of every stage; stages may share one GPU.
+        until: last step; the job's own number of steps by default.
+
+    Raises:
+        GeoError: what the first worker to fail raised.
+    """
+    context = multiprocessing.get_context("spawn")
+    messages: Any = context.Queue() if processes else queue.Queue()
+    assignments = [
+        Assignment(
+            job=job,
+            dims=dims,
+            plan=plan,
+            rank=role.rank,
+            generation=1,
+            hostname="127.0.0.1",
+            deadline_s=deadline_s,
+            checkpoint_root=job.checkpoint.storage_path or str(job.run.directory / "checkpoints"),
+            start=start,
+        )
+        for role in plan.roles()
+    ]
+    steps = until or job.training.steps
+    workers: list[Any]
+    if processes:
+        server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        workers = [
+            context.Process(target=_process, args=(a, server.port, device, steps, messages))
+            for a in assignments
+        ]
+    else:
+        shared = HashStore()
+        workers = [
+            threading.Thread(target=_work, args=(a, shared, device, steps, messages))
+            for a in assignments
+        ]
+    for worker in workers:
+        worker.start()
+    collector = CheckpointCollector(
+        CheckpointStore(assignments[0].checkpoint_root),
+        generation=1,
+        parts=plan.world_size,
+        identity=identity(job, dims, data_fingerprint),
+        plan=plan.to_json(),
+        keep=job.checkpoint.keep,
+    )
+    try:
+        return _collect(messages, workers, collector)
+    finally:
+        for worker in workers:
+            worker.join(deadline_s)
+
+
+def _collect(messages: Any, workers: list[Any], collector: CheckpointCollector) -> LocalResult:
+    result, running, first_error = LocalResult(), set(range(len(workers))), None
+    while running:
+        try:
+            message = messages.get(timeout=1.0)
+        except queue.Empty:
+            dead = [r for r in running if not workers[r].is_alive()]
+            if dead and messages.empty():
+                raise WorkerError(f"worker {dead[0]} ended without a word") from None
+            continue
+        match message:
+            case StepRecord():
+                result.records.append(message)
+            case (step, part, state):
+                collector.add(step, part, state)
+            case StorageError():
+                first_error = first_error or (False, message, "")
+            case _Ended():
+                running.discard(message.rank)
+                result.outcome = message.outcome or result.outcome
+                # The error that the others' broken links follow from is the one to report.
+                if message.error and (first_error is None or first_error[0]):
+                    first_error = message.error
+    if first_error is not None:
+        _, error, trace = first_error
+        if isinstance(error, GeoError):
+            raise error
+        raise WorkerError(f"a worker failed: {error!r}\n{trace}") from error
+    return result
+
+
+def _process(assignment: Assignment, port: int, device: str, steps: int, messages: Any) -> None:
+    torch.set_num_threads(1)
+    store = TCPStore("127.0.0.1", port, timeout=timedelta(seconds=assignment.deadline_s))
+    _work(assignment, store, device, steps, messages)
+
+
+def _work(assignment: Assignment, store: Store, device: str, steps: int, messages: Any) -> None:
+    ended = _Ended(assignment.rank)
+    runtime = StageRuntime(assignment, store, torch.device(device), _QueueReporter(messages.put))
+    try:
+        runtime.build()
+        ended.outcome = runtime.run(steps)
+    except BaseException as e:
+        consequence = isinstance(e, TransportError | AbortedError)
+        ended.error = (consequence, e, traceback.format_exc())
+        runtime.abort()
+    finally:
+        runtime.close()
+        messages.put(ended)

@@ -1,0 +1,134 @@
+"""A stage's state: weights, summed gradients and optimizer, by global weight name.
+
+    fp32    module weights = master weights;  their .grad = views of the flat buffers
+    bf16    module weights (2 B) ◀─copy─ master weights (fp32);  backward's 2-byte gradients
+    fp16    are added into the flat fp32 buffers and dropped, weight by weight
+
+The flat buffers, one a bucket, are what gradient sync sends and what the norm is taken of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from ray_train_geo.model.stage import StageModule
+from ray_train_geo.spec import TrainingSpec
+from ray_train_geo.training.buckets import Bucket
+from ray_train_geo.training.optimizer import (
+    MOMENTS,
+    build_optimizer,
+    optimizer_steps,
+    set_optimizer_steps,
+)
+from ray_train_geo.training.precision import DTYPES
+
+__all__ = ["StageState"]
+
+
+class StageState:
+    """What a stage holds between steps, and how a step changes it.
+
+    Args:
+        module: the stage, in fp32, on its device; turned to the job's precision here.
+        buckets: how the gradients are laid out in flat buffers.
+    """
+
+    def __init__(
+        self, module: StageModule, training: TrainingSpec, buckets: Sequence[Bucket]
+    ) -> None:
+        self.module = module
+        self.buckets = buckets
+        parameters = dict(module.named_parameters())
+        dtype = DTYPES[training.precision]
+        self._low_precision = dtype != torch.float32
+        self.weights: dict[str, torch.Tensor] = dict(parameters)
+        if self._low_precision:
+            self.weights = {n: p.detach().clone() for n, p in parameters.items()}
+            module.to(dtype)
+        self._parameters = parameters
+        self.buffers: list[torch.Tensor] = []
+        self._gradients: dict[str, torch.Tensor] = {}
+        for bucket in buckets:
+            sizes = [self.weights[name].numel() for name in bucket.names]
+            buffer = torch.zeros(sum(sizes), device=self.weights[bucket.names[0]].device)
+            self.buffers.append(buffer)
+            for name, part in zip(bucket.names, buffer.split(sizes), strict=True):
+                weight = self.weights[name]
+                self._gradients[name] = weight.grad = part.view_as(weight)
+        self.optimizer = build_optimizer(self.weights, training)
+
+    def on_gradient(self, arrived: Callable[[str], None]) -> None:
+        """Call ``arrived(name)`` whenever backward has added a gradient to its buffer."""
+        for name, parameter in self._parameters.items():
+            parameter.register_post_accumulate_grad_hook(self._hook(name, arrived))
+
+    def _hook(self, name: str, arrived: Callable[[str], None]) -> Callable[[torch.Tensor], None]:
+        gradient, low_precision = self._gradients[name], self._low_precision
+
+        def hook(parameter: torch.Tensor) -> None:
+            if low_precision:
+                assert parameter.grad is not None
+                gradient.add_(parameter.grad)
+                parameter.grad = None
+            arrived(name)
+
+        return hook
+
+    def squared_norm(self, rank: int) -> float:
+        """Sum of squares of the gradients that ``rank`` answers for: each counts once globally."""
+        mine = [
+            torch.linalg.vector_norm(buffer, dtype=torch.float64)
+            for bucket, buffer in zip(self.buckets, self.buffers, strict=True)
+            if bucket.holders[0] == rank
+        ]
+        return float(torch.stack(mine).square().sum()) if mine else 0.0
+
+    @torch.no_grad()
+    def apply(self, learning_rate: float, factor: float) -> None:
+        """One AdamW update with the gradients times ``factor``."""
+        if factor != 1.0:
+            torch._foreach_mul_(self.buffers, factor)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self._refresh()
+
+    def clear_gradients(self) -> None:
+        torch._foreach_zero_(self.buffers)
+
+    def _refresh(self) -> None:
+        """Bring the module's low-precision weights up to the master weights."""
+        if self._low_precision:
+            names = list(self._parameters)
+            torch._foreach_copy_(
+                [self._parameters[n].data for n in names], [self.weights[n] for n in names]
+            )
+
+    @property
+    def updates(self) -> int:
+        """AdamW updates so far; steps that overflowed do not count."""
+        return optimizer_steps(self.optimizer)
+
+    def tensors(self, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+        """The state as flat names: ``model.NAME``, ``exp_avg.NAME``, ``exp_avg_sq.NAME``.
+
+        The tensors are the state itself, not copies.
+        """
+        found: dict[str, torch.Tensor] = {}
+        for name in self.weights if names is None else names:
+            weight = self.weights[name]
+            found[f"model.{name}"] = weight.detach()
+            for moment in MOMENTS:
+                found[f"{moment}.{name}"] = self.optimizer.state[weight][moment]
+        return found
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, torch.Tensor], updates: int) -> None:
+        """Take over what :meth:`tensors` named (a part is enough), and AdamW's update count."""
+        mine = self.tensors()
+        for name, tensor in tensors.items():
+            mine[name].copy_(tensor)
+        set_optimizer_steps(self.optimizer, updates)
+        self._refresh()
