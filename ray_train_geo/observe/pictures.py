@@ -15,10 +15,21 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from ray_train_geo.observe.rendering import GRID, INK, MUTED, PAPER, to_png, to_svg
+from ray_train_geo.observe.plan_picture import plan_picture
+from ray_train_geo.observe.rendering import (
+    BLUE,
+    GRID,
+    INK,
+    MUTED,
+    ORANGE,
+    PAPER,
+    RED,
+    to_png,
+    to_svg,
+)
 
 __all__ = [
     "loss_curve",
@@ -32,10 +43,9 @@ __all__ = [
 Records = Sequence[Mapping[str, Any]]
 
 _ON_COLOUR = "#fefefe"
-_BLUE, _ORANGE, _RED = "#3b78c2", "#d9822b", "#c8443f"
 _KINDS = {
-    "forward": _BLUE,
-    "backward": _ORANGE,
+    "forward": BLUE,
+    "backward": ORANGE,
     "optimizer": "#7a5bb5",
     "receive": "#2a9d8f",
     "send": "#8fbf3f",
@@ -43,9 +53,8 @@ _KINDS = {
 }
 _COMPUTE = ("forward", "backward", "optimizer")
 _THIN = ("receive", "send", "sync")
-_REGIONS = (_BLUE, _ORANGE, "#2a9d8f", "#7a5bb5", "#c2528b", "#6f8f1f", "#b08d18", "#5c7a99")
 _MOST_POINTS = 1500
-_WIDTH = 10.4  # inches, of all charts: they stand below each other in the report
+_WIDTH = 11.2  # inches, of all charts: they stand below each other in the report
 
 
 def loss_curve(records: Records, events: Records = ()) -> Figure:
@@ -61,10 +70,10 @@ def loss_curve(records: Records, events: Records = ()) -> Figure:
     x, y = _downsampled(steps, losses)
     smooth = _smoothed(y)
     width, alpha, marker = (0.8, 0.35, "") if smooth else (1.6, 1.0, "o" if len(x) < 30 else "")
-    axes.plot(x, y, color=_BLUE, linewidth=width, alpha=alpha, marker=marker, markersize=3,
+    axes.plot(x, y, color=BLUE, linewidth=width, alpha=alpha, marker=marker, markersize=3,
               label="loss")  # fmt: skip
     if smooth:
-        axes.plot(x, smooth, color=_BLUE, linewidth=1.8, label="loss, running mean")
+        axes.plot(x, smooth, color=BLUE, linewidth=1.8, label="loss, running mean")
     _bits_per_byte(axes, records)
     _margins(axes, steps)
     _generation_marks(axes, records)
@@ -77,7 +86,7 @@ def loss_curve(records: Records, events: Records = ()) -> Figure:
     skipped = _steps_of(r for r in records if r.get("skipped"))
     if skipped:
         at = [top - 0.03 * height] * len(skipped)
-        axes.plot(skipped, at, "x", color=_RED, markersize=5, label="skipped (overflow)")
+        axes.plot(skipped, at, "x", color=RED, markersize=5, label="skipped (overflow)")
     axes.set_ylim(bottom, top)
     _legend(axes)
     return figure
@@ -98,13 +107,13 @@ def step_time_picture(records: Records) -> Figure:
     top = 1.25 * max(usual, *py, 1e-9)
     inside = [(s, v) for s, v in zip(steps, measured, strict=True) if v <= top]
     x, y = _downsampled([s for s, _ in inside], [v for _, v in inside])
-    axes.plot(x, y, "o", color=_BLUE, markersize=3 if len(x) < 150 else 1.6, label="measured")
+    axes.plot(x, y, "o", color=BLUE, markersize=3 if len(x) < 150 else 1.6, label="measured")
     if px:
-        axes.plot(px, py, color=_ORANGE, linewidth=1.6, drawstyle="steps-post", label="predicted")
+        axes.plot(px, py, color=ORANGE, linewidth=1.6, drawstyle="steps-post", label="predicted")
     above = [s for s, v in zip(steps, measured, strict=True) if v > top]
     if above:
         label = f"above the axis (up to {max(measured):.3g} s)"
-        axes.plot(above, [0.96 * top] * len(above), "^", color=_RED, markersize=5, label=label)
+        axes.plot(above, [0.96 * top] * len(above), "^", color=RED, markersize=5, label=label)
     _margins(axes, steps)
     axes.set_ylim(0, top)
     _generation_marks(axes, records)
@@ -177,106 +186,6 @@ def pipeline_timeline(trace: Mapping[str, Any], step: int | None = None) -> Figu
     return figure
 
 
-def plan_picture(plan: Mapping[str, Any]) -> Figure:
-    """A plan (``Plan.to_json()``): a row per pipeline, a box per stage, coloured by region.
-
-    A bar in each box shows how much of the device's memory the plan fills.  Links that cross
-    regions are dashed.
-    """
-    devices = {d["id"]: d for d in plan["devices"]}
-    pipelines = plan["pipelines"]
-    used = [devices.get(s["device"], {}) for p in pipelines for s in p["stages"]]
-    regions = list(dict.fromkeys(str(d.get("region", "unknown")) for d in used))
-    colours = {region: _REGIONS[i % len(_REGIONS)] for i, region in enumerate(regions)}
-    # One data unit is one inch, and y grows downwards.
-    box_w, box_h, gap, left, head, row_h = 1.75, 1.04, 0.34, 1.35, 0.86, 1.26
-    longest = max((len(p["stages"]) for p in pipelines), default=1)
-    width = max(left + longest * (box_w + gap), 7.0)
-    height = head + row_h * len(pipelines)
-    figure = Figure(figsize=(width, height))
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_axis_off()
-    axes.set_xlim(0, width)
-    axes.set_ylim(height, 0)
-    _say(axes, 0.1, 0.2, "Plan", size=11, weight="bold")
-    bound = plan.get("lower_bound") or 0.0
-    _say(axes, 0.62, 0.2,
-         f"{plan['schedule']} · {plan['gradient_sync']} · {plan['layers']} layers · predicted "
-         f"{_seconds(plan['predicted_step_s'])} a step"
-         + (f" (lower bound {_seconds(bound)})" if bound > 0 else ""),
-         colour=MUTED, size=9)  # fmt: skip
-    x = 0.1
-    for region, colour in colours.items():
-        axes.add_patch(Rectangle((x, 0.48), 0.14, 0.14, facecolor=colour))
-        _say(axes, x + 0.2, 0.55, region, size=8.5)
-        x += 0.5 + 0.085 * len(region)
-    for p, pipeline in enumerate(pipelines):
-        middle = head + row_h * p + box_h / 2
-        first, count = pipeline["first_microbatch"], pipeline["microbatches"]
-        _say(axes, 0.1, middle - 0.2, f"pipeline {p}", size=9.5, weight="bold")
-        _say(axes, 0.1, middle + 0.02, f"{count} microbatch{'es' * (count != 1)}", size=8.5)
-        numbers = f"{first}-{first + count - 1}" if count > 1 else f"{first}"
-        _say(axes, 0.1, middle + 0.22, f"no. {numbers}", size=8, colour=MUTED)
-        before = None
-        for s, stage in enumerate(pipeline["stages"]):
-            device = devices.get(stage["device"], {})
-            region = str(device.get("region", "unknown"))
-            corner = (left + s * (box_w + gap), middle - box_h / 2)
-            _stage_box(axes, corner, (box_w, box_h), stage, device, colours[region])
-            if before is not None:
-                far = before != region
-                axes.add_patch(
-                    FancyArrowPatch(
-                        (corner[0] - gap + 0.02, middle), (corner[0] - 0.02, middle),
-                        arrowstyle="-|>", mutation_scale=9, shrinkA=0, shrinkB=0, linewidth=1.3,
-                        color=INK if far else MUTED, linestyle=(0, (2, 1.2)) if far else "-",
-                    )
-                )  # fmt: skip
-            before = region
-    return figure
-
-
-def _stage_box(
-    axes: Axes,
-    corner: tuple[float, float],
-    size: tuple[float, float],
-    stage: Mapping[str, Any],
-    device: Mapping[str, Any],
-    colour: str,
-) -> None:
-    (x, y), (w, h) = corner, size
-    for face, alpha, edge in ((colour, 0.14, "none"), ("none", 1.0, colour)):
-        axes.add_patch(
-            FancyBboxPatch(
-                (x, y), w, h, boxstyle="round,pad=0,rounding_size=0.06",
-                facecolor=face, alpha=alpha, edgecolor=edge, linewidth=1.2,
-            )
-        )  # fmt: skip
-    first, last = stage["layers"][0], stage["layers"][1] - 1
-    held = f"layer {first}" if first == last else f"layers {first}-{last}"
-    _say(axes, x + 0.09, y + 0.16, held, size=9.5, weight="bold")
-    _say(
-        axes, x + w - 0.09, y + 0.16, f"warmup {stage['warmup']}", size=7, colour=MUTED, ha="right"
-    )
-    where = [str(device.get("region", "unknown"))]
-    if device.get("market_type") == "spot":
-        where.append("spot")
-    for i, text in enumerate(
-        (str(stage["device"]), str(device.get("type", "")), " · ".join(where))
-    ):
-        colour_of_line = MUTED if i else INK
-        _say(
-            axes, x + 0.09, y + 0.36 + 0.175 * i, _short(text, 27), size=7.5, colour=colour_of_line
-        )
-    need, have = stage.get("memory_bytes") or 0, device.get("memory_bytes") or 0
-    if need and have:
-        axes.add_patch(Rectangle((x + 0.09, y + 0.88), 0.62, 0.07, facecolor=GRID))
-        fill = 0.62 * min(need / have, 1.0)
-        axes.add_patch(Rectangle((x + 0.09, y + 0.88), fill, 0.07, facecolor=colour))
-        text = f"{_gib(need)} of {_gib(have)} GiB"
-        _say(axes, x + 0.78, y + 0.915, text, size=7, colour=MUTED)
-
-
 def _timeline_rows(
     ranks: Sequence[int], names: Mapping[int, str]
 ) -> Iterator[tuple[int, float, str]]:
@@ -326,7 +235,7 @@ def _bits_per_byte(axes: Axes, records: Records) -> None:
     right.spines["right"].set_visible(False)
     if max(ratios) - min(ratios) > 0.01 * ratio:  # bytes per token differ from step to step
         x, y = _downsampled([s for s, _, _ in both], [b / ratio for _, _, b in both])
-        axes.plot(x, y, color=_ORANGE, linewidth=1, label="bits per byte (right)")
+        axes.plot(x, y, color=ORANGE, linewidth=1, label="bits per byte (right)")
 
 
 def _generation_marks(axes: Axes, records: Records) -> None:
@@ -381,12 +290,6 @@ def _margins(axes: Axes, steps: Sequence[float]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _say(axes: Axes, x: float, y: float, text: str, size: float, colour: str = INK,
-         weight: str = "normal", ha: str = "left") -> None:  # fmt: skip
-    axes.text(x, y, text, fontsize=size, color=colour, fontweight=weight, ha=ha, va="center",
-              parse_math=False)  # fmt: skip
-
-
 def _is(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
@@ -417,17 +320,3 @@ def _smoothed(y: Sequence[float]) -> list[float]:
     if len(y) < 100:
         return []
     return [statistics.fmean(y[max(0, i - half) : i + half + 1]) for i in range(len(y))]
-
-
-def _short(text: str, most: int) -> str:
-    """``text`` in at most ``most`` characters; Ray's 56-digit node ids keep their first 8."""
-    text = re.sub(r"[0-9a-f]{32,}", lambda m: m[0][:8], text)
-    return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
-
-
-def _gib(size_bytes: float) -> str:
-    return f"{size_bytes / 2**30:.3g}"

@@ -16,9 +16,10 @@ from contextlib import contextmanager
 import matplotlib
 from matplotlib.figure import Figure
 
-__all__ = ["GRID", "INK", "MUTED", "PAPER", "to_png", "to_svg"]
+__all__ = ["BLUE", "GRID", "INK", "MUTED", "ORANGE", "PAPER", "RED", "to_png", "to_svg"]
 
 INK, MUTED, GRID, PAPER = "#1f2328", "#68707c", "#d9dde3", "#ffffff"
+BLUE, ORANGE, RED = "#3b78c2", "#d9822b", "#c8443f"
 _CSS = {
     INK: "currentColor",
     MUTED: f"var(--muted, {MUTED})",

@@ -8,6 +8,7 @@ Links are taken as if each flow had one of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, permutations
@@ -24,7 +25,7 @@ from ray_train_geo.model.catalog import (
     step_flops,
 )
 from ray_train_geo.planning.memory import is_cpu, stage_parameters
-from ray_train_geo.planning.plan import PipelinePlan
+from ray_train_geo.planning.plan import PipelinePlan, Plan
 from ray_train_geo.schedule.gpipe import gpipe
 from ray_train_geo.schedule.one_f_one_b import one_f_one_b
 from ray_train_geo.schedule.timeline import Hop, Timeline, timeline
@@ -41,6 +42,7 @@ __all__ = [
     "pipeline_timeline",
     "pipeline_times",
     "predict_step",
+    "predict_step_s",
     "sync_groups",
     "sync_s",
 ]
@@ -75,6 +77,19 @@ class PipelineTimes:
     def period_s(self) -> float:
         """F + B of the slowest stage: the time between microbatches when all goes well."""
         return max(f + b for f, b in zip(self.forward_s, self.backward_s, strict=True))
+
+    def bounds_s(self, microbatches: int) -> list[float]:
+        """The earliest that each stage can begin its last backward, whatever the schedule.
+
+        The first forward must come down to the stage, and the stage does one thing at a time.
+        """
+        reached_s = 0.0
+        bounds = []
+        for s, (f, b) in enumerate(zip(self.forward_s, self.backward_s, strict=True)):
+            bounds.append(reached_s + microbatches * (f + b) - b)
+            if s < len(self.forward_hop):
+                reached_s += f + self.forward_hop[s].transfer_s + self.forward_hop[s].latency_s
+        return bounds
 
     def hop_s(self) -> tuple[float, ...]:
         """One-way time of a message over each hop, the mean of both directions."""
@@ -238,36 +253,64 @@ def predict_step(
     gradient_sync: GradientSyncName,
     topology: Topology,
     devices: Mapping[str, Device],
-) -> StepPrediction:
-    """Predict one step of a plan's parts.  ``devices`` maps ids to devices."""
-    timelines = []
-    seen: dict[tuple[PipelineTimes, tuple[int, ...], int], Timeline] = {}  # equal ones run once
-    for p in pipelines:
-        chain = [devices[stage.device] for stage in p.stages]
-        times = pipeline_times(dims, training, [s.layers for s in p.stages], chain, topology)
-        key = times, tuple(s.warmup for s in p.stages), p.microbatches
-        if key not in seen:
-            seen[key] = pipeline_timeline(times, schedule, key[1], p.microbatches)
-        timelines.append(seen[key])
+    cutoff_s: float = math.inf,
+) -> StepPrediction | None:
+    """Predict one step of a plan's parts.
+
+    Args:
+        devices: from ids to devices.
+        cutoff_s: don't simulate what can't be faster than this.
+
+    Returns:
+        None if the step takes longer than ``cutoff_s`` for sure.
+    """
     members = [(i, s) for i, p in enumerate(pipelines) for s in range(len(p.stages))]
     where = {(i, s): devices[pipelines[i].stages[s].device] for i, s in members}
+    groups = sync_groups(dims, pipelines)
 
-    # A member's groups share its link, so their times add up; it can start on a gradient when the
-    # group's slowest member begins its last backward, and is not done before that has ended.
+    # A member's groups share its link, so their times add up.
     load_s = dict.fromkeys(members, 0.0)
-    start_s = {(i, s): timelines[i].last_start_s(s) for i, s in members}
-    end_s = {(i, s): timelines[i].end_s(s) for i, s in members}
-    synced_start_s, synced_end_s = dict(start_s), dict(end_s)
-    for group in sync_groups(dims, pipelines):
+    for group in groups:
         size = _GRADIENT_BYTES * group.parameters
         seconds = sync_s(gradient_sync, size, [where[m] for m in group.members], topology)
-        latest_start = max(start_s[m] for m in group.members)
-        latest_end = max(end_s[m] for m in group.members)
         for m in group.members:
             load_s[m] += seconds
-            synced_start_s[m] = max(synced_start_s[m], latest_start)
-            synced_end_s[m] = max(synced_end_s[m], latest_end)
-    synced_s = {m: max(synced_end_s[m], synced_start_s[m] + load_s[m]) for m in members}
+
+    times = [
+        pipeline_times(
+            dims,
+            training,
+            [stage.layers for stage in p.stages],
+            [where[i, s] for s in range(len(p.stages))],
+            topology,
+        )
+        for i, p in enumerate(pipelines)
+    ]
+    for i, p in enumerate(pipelines):
+        for s, begin_s in enumerate(times[i].bounds_s(p.microbatches)):
+            if begin_s + max(times[i].backward_s[s], load_s[i, s]) > cutoff_s:
+                return None
+
+    timelines = []
+    seen: dict[tuple[PipelineTimes, tuple[int, ...], int], Timeline] = {}  # equal ones run once
+    for i, p in enumerate(pipelines):
+        key = times[i], tuple(stage.warmup for stage in p.stages), p.microbatches
+        if key not in seen:
+            seen[key] = pipeline_timeline(times[i], schedule, key[1], p.microbatches)
+        timelines.append(seen[key])
+
+    # A group's sync can start when its slowest member begins its last backward, and is not done
+    # before that backward has ended.
+    last_start_s = {(i, s): timelines[i].last_start_s(s) for i, s in members}
+    end_s = {(i, s): timelines[i].end_s(s) for i, s in members}
+    sync_start_s, sync_end_s = dict(last_start_s), dict(end_s)
+    for group in groups:
+        latest_start_s = max(last_start_s[m] for m in group.members)
+        latest_end_s = max(end_s[m] for m in group.members)
+        for m in group.members:
+            sync_start_s[m] = max(sync_start_s[m], latest_start_s)
+            sync_end_s[m] = max(sync_end_s[m], latest_end_s)
+    synced_s = {m: max(sync_end_s[m], sync_start_s[m] + load_s[m]) for m in members}
 
     done_s = max(
         synced_s[i, s]
@@ -280,6 +323,27 @@ def predict_step(
         sync_s=max(synced_s.values()) - max(makespan_s),
         step_s=done_s + _commit_s([where[m] for m in members], topology),
     )
+
+
+def predict_step_s(
+    dims: ModelDims, training: TrainingSpec, plan: Plan, topology: Topology
+) -> float:
+    """Seconds of one step of ``plan`` on ``topology`` (as it is now: links may have changed).
+
+    Raises:
+        KeyError: a device of the plan is not in the topology.
+    """
+    prediction = predict_step(
+        dims,
+        training,
+        plan.pipelines,
+        plan.schedule,
+        plan.gradient_sync,
+        topology,
+        {device.id: device for device in topology.devices},
+    )
+    assert prediction is not None  # only a cutoff gives None
+    return prediction.step_s
 
 
 def _commit_s(workers: Sequence[Device], topology: Topology) -> float:

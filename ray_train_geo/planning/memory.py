@@ -49,8 +49,8 @@ CPU_OVERHEAD_BYTES = 300_000_000
 GPU_OVERHEAD_BYTES = 1_500_000_000
 """CUDA context, cuBLAS workspace, NCCL buffers and the allocator's fragmentation."""
 
-_CHANNEL_MESSAGES = 8
-"""Sends under way, and receives posted ahead, that a channel between stages has at any rate."""
+_CHANNEL_SENDS = 8
+"""Sends that a channel between stages lets be under way (``limit`` of training.channel.Sender)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +115,9 @@ def stage_memory_bytes(
 
     Activations are those of ``in_flight`` microbatches, and the working set of one backward: one
     layer's activations once more (recomputed, or as gradients) and the gradient of the logits.
-    Messages: of each neighbour as many on their way out, and receives posted, as ``in_flight``,
-    but at least a channel's 8; outputs kept for their backward; two buckets of the gradient sync.
+    Messages, for each neighbour: sends under way (``in_flight``, and at least the 8 that a channel
+    allows), receives posted ahead (``in_flight`` + 1), and the one in use; outputs kept for their
+    backward; two buckets of the gradient sync.
     """
     first, last = layers[0] == 0, layers[1] == dims.layers
     seq_len, microbatch, precision = training.seq_len, training.microbatch, training.precision
@@ -134,7 +135,7 @@ def stage_memory_bytes(
         kept += head
         working += head
 
-    queued = ((not first) + (not last)) * 2 * max(in_flight, _CHANNEL_MESSAGES)
+    queued = ((not first) + (not last)) * (max(in_flight, _CHANNEL_SENDS) + in_flight + 2)
     outputs = 0 if last else in_flight
     message = boundary_bytes(dims, seq_len, microbatch, precision)
     messages = (queued + outputs) * message + 2 * min(sync_bucket_bytes, 4 * parameters)

@@ -1,11 +1,12 @@
 """Which device is which stage, by rule: a pipeline stays in one region and on few nodes if it can.
 
 Regions hand out their fastest nodes first, whole nodes one behind the other, so that neighbouring
-stages are close and a pipeline's devices are alike.  A pipeline that fits into no region any more
-starts in the one with most devices left and goes on to the closest one, again and again::
+stages are close and a pipeline's devices are alike.  Of equally fast regions the largest is used up
+first, so that pipelines share a region where they can.  A pipeline that fits into no region any
+more starts in the one with most devices left and goes on to the closest one, again and again::
 
-    ohio      [a a a a][b b b .]     pipelines a, b, c of 4: a in ohio; b in ohio and virginia,
-    virginia  [b c c c][c      ]     three stages on one side of the wide hop, one on the other
+    ohio      [a a a a][b b b b][c]   pipelines a, b, c of 4: a and b in ohio; c starts in
+    virginia  [c c c]                 virginia, which has more left, and ends in ohio
 """
 
 from __future__ import annotations
@@ -38,18 +39,21 @@ def place(
 
 
 def _pools(devices: Sequence[Device]) -> dict[str, list[Device]]:
-    """Devices by region, node by node: fastest nodes first, and within a node fastest first."""
-    node_speed: dict[tuple[str, str], float] = {}
+    """Devices by region, largest region first; in it node by node, fastest, then largest first."""
+    nodes: dict[tuple[str, str], list[Device]] = {}
     for d in devices:
-        key = d.region, d.node
-        node_speed[key] = max(node_speed.get(key, 0.0), d.flops_per_s)
+        nodes.setdefault((d.region, d.node), []).append(d)
+
+    def order(node: tuple[str, str]) -> tuple[str, float, int, str]:
+        fastest = max(d.flops_per_s for d in nodes[node])
+        return node[0], -fastest, -len(nodes[node]), node[1]
+
     pools: dict[str, list[Device]] = {}
-    for d in sorted(
-        devices,
-        key=lambda d: (d.region, -node_speed[d.region, d.node], d.node, -d.flops_per_s, d.id),
-    ):
-        pools.setdefault(d.region, []).append(d)
-    return pools
+    for node in sorted(nodes, key=order):
+        pools.setdefault(node[0], []).extend(
+            sorted(nodes[node], key=lambda d: (-d.flops_per_s, d.id))
+        )
+    return dict(sorted(pools.items(), key=lambda item: (-len(item[1]), item[0])))
 
 
 def _take(
@@ -58,11 +62,8 @@ def _take(
     """Remove ``depth`` devices from ``pools`` and return them as a chain."""
     whole = [region for region, pool in pools.items() if len(pool) >= depth]
     if whole:
-        # The fastest devices; among equals the smallest pool, to keep others whole.
-        region = min(
-            whole,
-            key=lambda r: (-sum(d.flops_per_s for d in pools[r][:depth]), len(pools[r]), r),
-        )
+        # min takes the first of equals: the largest region.
+        region = min(whole, key=lambda r: -sum(d.flops_per_s for d in pools[r][:depth]))
         return _pop(pools, region, depth)
     chain: list[Device] = []
     while len(chain) < depth:

@@ -11,6 +11,7 @@ How devices are placed is a rule, not a search: a pipeline stays in one region i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -60,18 +61,20 @@ def plan(topology: Topology, job: JobSpec, vocab_size: int = 257) -> Plan:
         problem = Problem.of(replace(topology, devices=kept), job, vocab_size)
         shapes = shapes_without_small
     best: Plan | None = None
+    cutoff_s = math.inf
     nearest: DoesNotFitError | None = None
     for bound_s, depths in sorted((_bound_s(problem, depths), depths) for depths in shapes):
-        if best is not None and bound_s > best.predicted_step_s:
+        if bound_s > cutoff_s:
             break
         try:
-            candidate = _build(problem, depths)
+            candidate = _build(problem, depths, cutoff_s)
         except DoesNotFitError as e:
             if nearest is None or e.missing_bytes < nearest.missing_bytes:
                 nearest = e
             continue
-        if best is None or _rank(candidate) < _rank(best):
+        if candidate is not None and (best is None or _rank(candidate) < _rank(best)):
             best = candidate
+            cutoff_s = best.predicted_step_s * (1 + 1e-6)  # room for ties
     if best is None:
         assert nearest is not None  # _shapes gives at least one shape, and each fits or not
         intro = "" if len(shapes) == 1 else f"none of {len(shapes)} possible plans fits; nearest: "
@@ -160,8 +163,12 @@ def _counts(values: Sequence[int]) -> str:
     return ", ".join(map(str, sorted(set(values))))
 
 
-def _build(problem: Problem, depths: tuple[int, ...]) -> Plan:
-    """The plan of one shape.  Raises DoesNotFitError."""
+def _build(problem: Problem, depths: tuple[int, ...], cutoff_s: float) -> Plan | None:
+    """The plan of one shape, or None if it is slower than ``cutoff_s``.
+
+    Raises:
+        DoesNotFitError: a stage is too large for its device.
+    """
     job, dims, training = problem.job, problem.dims, problem.job.training
     size = boundary_bytes(dims, training.seq_len, training.microbatch, training.precision)
     chains = place(problem.topology, depths, size)
@@ -199,7 +206,10 @@ def _build(problem: Problem, depths: tuple[int, ...]) -> Plan:
         job.parallelism.gradient_sync,
         problem.topology,
         problem.devices,
+        cutoff_s,
     )
+    if prediction is None:
+        return None
     return Plan(
         layers=dims.layers,
         pipelines=tuple(pipelines),

@@ -36,8 +36,14 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from ray_train_geo.errors import CheckpointError, StorageError
 
-__all__ = ["CheckpointPart", "CheckpointStore", "Manifest", "read_manifest", "read_tensors",
-           "write_part"]
+__all__ = [
+    "CheckpointPart",
+    "CheckpointStore",
+    "Manifest",
+    "read_manifest",
+    "read_tensors",
+    "write_part",
+]
 
 _MANIFEST = "manifest.json"
 _INCOMPLETE = ".incomplete"
@@ -85,9 +91,7 @@ class Manifest:
         return cls(**json.loads(text))
 
 
-def write_part(
-    location: str, rank: int, tensors: Mapping[str, torch.Tensor]
-) -> CheckpointPart:
+def write_part(location: str, rank: int, tensors: Mapping[str, torch.Tensor]) -> CheckpointPart:
     """Write ``tensors`` (on the CPU) as ``rank``'s part of the checkpoint at ``location``.
 
     Raises:
@@ -325,7 +329,7 @@ def _checksum(tensor: torch.Tensor) -> int:
     if tensor.numel() == 0:
         return 0
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    return zlib.crc32(memoryview(flat.numpy()))
+    return zlib.crc32(flat.numpy().data)
 
 
 def _is_url(path: str) -> bool:

@@ -26,7 +26,7 @@ __all__ = ["GradientSync", "even_shards"]
 
 
 class _Started(NamedTuple):
-    index: int
+    bucket: int
     pending: Pending
 
 

@@ -136,7 +136,8 @@ def run_local(
 
 
 def _collect(messages: Any, workers: list[Any], collector: CheckpointCollector) -> LocalResult:
-    result, running, first_error = LocalResult(), set(range(len(workers))), None
+    result, running = LocalResult(), set(range(len(workers)))
+    first_error: tuple[bool, BaseException, str] | None = None
     while running:
         try:
             message = messages.get(timeout=1.0)

@@ -150,11 +150,13 @@ def test_layer_activation_bytes_match_autograd(
     hidden = torch.randn(batch, seq_len, dims.dim, dtype=DTYPES[precision], requires_grad=True)
     key = dropout_key(0, 0, 0)
     measured = saved_bytes(stage, lambda: stage(hidden, key))
-    # RoPE's tables belong to the stage, not to a layer.
-    tables = 2 * seq_len * dims.head_dim * BYTES_PER_ELEMENT[precision]
-    measured -= tables if dims.family == "llama" else 0
+    if dims.family == "llama" and not recompute:
+        # RoPE's tables belong to the stage, not to a layer.
+        measured -= 2 * seq_len * dims.head_dim * BYTES_PER_ELEMENT[precision]
     predicted = 2 * layer_activation_bytes(dims, seq_len, batch, precision, recompute)
-    assert predicted == pytest.approx(measured, rel=0.15)
+    # A CPU has no fused RMSNorm: below fp32 it keeps fp32 copies that a GPU doesn't.
+    upcasts = dims.family == "llama" and precision == "bf16" and not recompute
+    assert predicted == pytest.approx(measured, rel=0.2 if upcasts else 0.02)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -1,4 +1,8 @@
 import dataclasses
+import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -6,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from ray_train_geo.model.catalog import CATALOG, ModelDims, parameter_shapes
 from ray_train_geo.model.dropout import dropout_key
@@ -63,7 +68,7 @@ def test_any_split_computes_what_the_whole_model_computes(
     cuts = sorted(data.draw(st.sets(st.integers(1, dims.layers - 1))))
     bounds = [0, *cuts, dims.layers]
     whole_loss, whole = run([build_stage(dims, 0, dims.layers, seed=3)], dims)
-    stages = [build_stage(dims, a, b, seed=3) for a, b in zip(bounds, bounds[1:], strict=False)]
+    stages = [build_stage(dims, a, b, seed=3) for a, b in itertools.pairwise(bounds)]
     loss, gradients = run(stages, dims)
     assert torch.equal(loss, whole_loss)
     assert gradients.keys() == whole.keys() == parameter_shapes(dims).keys()
@@ -175,7 +180,7 @@ def test_loss_is_the_sum_in_fp32() -> None:
 def test_layers_share_one_compilation(dims: ModelDims) -> None:
     """A model of many layers must not be compiled layer by layer, nor step by step."""
     torch._dynamo.reset()
-    graphs = torch._dynamo.testing.CompileCounter()
+    graphs = CompileCounter()
     stage = build_stage(dims, 0, dims.layers, seed=0)
     eager = build_stage(dims, 0, dims.layers, seed=0)
     for layer in stage.layers.values():
@@ -185,3 +190,23 @@ def test_layers_share_one_compilation(dims: ModelDims) -> None:
         key = dropout_key(0, step, 0)
         torch.testing.assert_close(stage(tokens, key), eager(tokens, key))
     assert graphs.frame_count == 1
+
+
+def test_initial_weights_do_not_depend_on_the_processor() -> None:
+    """torch's fp32 normals differ between CPUs with and without AVX2; replicas must start equal."""
+    program = (
+        "import hashlib; from ray_train_geo.model.catalog import CATALOG;"
+        "from ray_train_geo.model.stage import build_stage;"
+        "stage = build_stage(CATALOG['gpt-tiny'], 0, 1, seed=0);"
+        "print(hashlib.sha256(stage.layers['0'].up.weight.detach().numpy().tobytes()).hexdigest())"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
+            check=True,
+            capture_output=True,
+        ).stdout
+        for capability in ("default", "avx2")
+    }
+    assert len(digests) == 1

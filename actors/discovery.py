@@ -1,0 +1,173 @@
+"""What devices Ray has for a job: its nodes, their labels and what is free on them."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ray
+
+from ray_train_geo.cluster.topology import Device
+from ray_train_geo.errors import ClusterError
+from ray_train_geo.spec import ScalingSpec
+
+__all__ = ["Node", "devices_on", "matches", "wait_for_devices"]
+
+_REGION_LABELS = ("ray.io/availability-region", "ray.io/region")
+_ZONE_LABELS = ("ray.io/availability-zone", "ray.io/zone")
+_MARKET_LABEL = "ray.io/market-type"
+_UNKNOWN_GPU_MEMORY_BYTES = 2**50  # until its worker has measured it
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A live Ray node."""
+
+    id: str
+    hostname: str
+    labels: Mapping[str, str]
+    total: Mapping[str, float]
+    free: Mapping[str, float]
+
+    def label(self, *names: str) -> str:
+        return next((self.labels[n] for n in names if self.labels.get(n)), "")
+
+    @property
+    def region(self) -> str:
+        return self.label(*_REGION_LABELS) or "local"
+
+
+def live_nodes() -> list[Node]:
+    """All live nodes, in the order of their ids."""
+    from ray._private.state import available_resources_per_node
+
+    free = available_resources_per_node()
+    return sorted(
+        (
+            Node(
+                id=n["NodeID"],
+                hostname=n["NodeManagerHostname"],
+                labels=n.get("Labels", {}),
+                total=n["Resources"],
+                free=free.get(n["NodeID"], {}),
+            )
+            for n in ray.nodes()
+            if n["Alive"]
+        ),
+        key=lambda n: n.id,
+    )
+
+
+def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
+    """Whether a node's labels satisfy a selector, by Ray's rules.
+
+    A value is ``v``, ``!v``, ``in(a, b)`` or ``!in(a, b)``.
+    """
+    for key, wanted in selector.items():
+        negated = wanted.startswith("!")
+        text = wanted.removeprefix("!").strip()
+        found = re.fullmatch(r"in\((.*)\)", text)
+        values = [v.strip() for v in found.group(1).split(",")] if found else [text]
+        if (labels.get(key) in values) == negated:
+            return False
+    return True
+
+
+def devices_on(node: Node, scaling: ScalingSpec, wanted: int | None) -> list[Device]:
+    """The devices that are free on ``node``.
+
+    Args:
+        wanted: how many the job can use at most; a CPU node's memory is shared by so many.
+    """
+    needs = {k: v for k, v in scaling.resources_per_worker.items() if v > 0}
+    # Ray counts in 1/10000; what floats add to that must not cost a device.
+    count = min(int(node.free.get(k, 0.0) / v + 1e-6) for k, v in needs.items())
+    if count < 1:
+        return []
+    gpu = needs.get("GPU", 0.0)
+    accelerator = node.label("ray.io/accelerator-type") or next(
+        (k.removeprefix("accelerator_type:") for k in node.total if k.startswith("accelerator_")),
+        "",
+    )
+    if scaling.memory_per_worker_bytes is not None:
+        memory = scaling.memory_per_worker_bytes
+    elif gpu:
+        memory = _UNKNOWN_GPU_MEMORY_BYTES
+    else:
+        sharing = min(count, wanted) if wanted else count
+        memory = int(node.total.get("memory", 4 * 2**30) / sharing)
+    market: Literal["spot", "on-demand"] = (
+        "spot" if node.labels.get(_MARKET_LABEL) == "spot" else "on-demand"
+    )
+    return [
+        Device(
+            id=f"{node.id[:12]}/{i}",
+            node=node.id,
+            region=node.region,
+            zone=node.label(*_ZONE_LABELS),
+            market_type=market,
+            type=(accelerator or "gpu") if gpu else "cpu",
+            flops_per_s=1e13 if gpu else 2e10,
+            memory_bytes=memory,
+        )
+        for i in range(count)
+    ]
+
+
+def wait_for_devices(scaling: ScalingSpec, needed: int, wanted: int | None) -> list[Device]:
+    """All free devices, once there are ``needed``; asks the autoscaler for what is missing.
+
+    Raises:
+        ClusterError: they did not come within ``scaling.wait_s``.
+    """
+    deadline, asked = time.monotonic() + scaling.wait_s, False
+    while True:
+        nodes = live_nodes()
+        fitting = [n for n in nodes if matches(n.labels, scaling.label_selector)]
+        devices = [d for n in fitting for d in devices_on(n, scaling, wanted)]
+        if len(devices) >= needed:
+            return devices
+        if time.monotonic() >= deadline:
+            raise ClusterError(_shortage(scaling, needed, nodes, fitting, devices))
+        if not asked:
+            _ask_autoscaler(scaling, needed)
+            asked = True
+        time.sleep(0.5)
+
+
+def _ask_autoscaler(scaling: ScalingSpec, needed: int) -> None:
+    from ray.autoscaler.sdk import request_resources
+
+    bundle: Any = dict(scaling.resources_per_worker)
+    request: dict[str, Any] = {"bundles": [bundle] * needed}
+    if scaling.label_selector:
+        request["bundle_label_selectors"] = [dict(scaling.label_selector)] * needed
+    request_resources(**request)
+
+
+def _shortage(
+    scaling: ScalingSpec, needed: int, nodes: list[Node], fitting: list[Node], devices: list[Device]
+) -> str:
+    per_worker = ", ".join(f"{v:g} {k}" for k, v in scaling.resources_per_worker.items())
+    free = "; ".join(
+        f"{n.hostname}: "
+        + ", ".join(
+            f"{n.free.get(k, 0):g} of {n.total.get(k, 0):g} {k} free"
+            for k in scaling.resources_per_worker
+        )
+        for n in fitting
+    )
+    selected = (
+        f"; {len(nodes) - len(fitting)} nodes lack the labels {dict(scaling.label_selector)}"
+        if len(fitting) < len(nodes)
+        else ""
+    )
+    waited = f" after {scaling.wait_s:g} s" if scaling.wait_s else ""
+    return (
+        f"no free devices: the job needs {needed} (of {per_worker} each), Ray has {len(devices)}"
+        f"{waited} ({free or 'no node'}{selected}). Add nodes, ask for less in "
+        "scaling.resources_per_worker, or wait for them with scaling.wait_s"
+    )

@@ -1,0 +1,98 @@
+"""What a driver hands to a coordinator, and what it gets back (values that travel)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ray_train_geo.errors import GeoError, StorageError
+from ray_train_geo.model.catalog import ModelDims, total_parameters
+from ray_train_geo.spec import JobSpec
+
+__all__ = ["Mission", "Phase", "Progress", "Summary", "check_space", "checkpoint_root"]
+
+Phase = Literal["starting", "training", "stopping", "finished", "stopped", "failed"]
+
+_CHECKPOINT_BYTES_PER_PARAMETER = 12
+_CHECKPOINT_SLACK = 1.05
+
+
+@dataclass(frozen=True, slots=True)
+class Mission:
+    """A job that was checked, and how far to take it.
+
+    Args:
+        vocab_size: the tokenizer's, in tokens.
+        bytes_per_token: of the data's text, where known.
+        resume: a checkpoint to go on from.
+        until: last step of this session; the job's own number of steps at most.
+    """
+
+    job: JobSpec
+    vocab_size: int
+    data_fingerprint: str
+    bytes_per_token: float | None
+    resume: str | None = None
+    until: int | None = None
+
+    @property
+    def dims(self) -> ModelDims:
+        return self.job.dims(self.vocab_size)
+
+    @property
+    def last_step(self) -> int:
+        steps = self.job.training.steps
+        return steps if self.until is None else min(self.until, steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """How a run ended."""
+
+    phase: Phase
+    step: int
+    checkpoint: str | None
+    path: str
+    error: GeoError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What happened since the driver last asked."""
+
+    phase: Phase
+    records: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    summary: Summary | None
+
+
+def checkpoint_root(job: JobSpec) -> str:
+    """Where the job's checkpoints are: in the run directory, or in storage under its name."""
+    if job.checkpoint.storage_path is None:
+        return str(job.run.directory / "checkpoints")
+    path = job.checkpoint.storage_path.rstrip("/")
+    if "://" not in path:
+        path = str(Path(path).expanduser().absolute())
+    return f"{path}/{job.run.name}"
+
+
+def check_space(dims: ModelDims, keep: int, existing: int, root: str, free: int | None) -> None:
+    """Refuse a run whose checkpoints can't fit: ``keep`` of them, and the one being written.
+
+    Args:
+        existing: complete checkpoints that are there already.
+        free: free space in bytes, or None if unknown.
+
+    Raises:
+        StorageError: with what is needed and what is there.
+    """
+    each = int(total_parameters(dims) * _CHECKPOINT_BYTES_PER_PARAMETER * _CHECKPOINT_SLACK)
+    needed = each * max(1, keep + 1 - existing)
+    if free is not None and free < needed:
+        raise StorageError(
+            f"checkpoint storage {root} has {free / 2**20:,.1f} MiB free, but {keep} checkpoints "
+            f"and the one being written need {needed / 2**20:,.1f} MiB more "
+            f"({each / 2**20:,.1f} MiB each); free some space, lower checkpoint.keep, or choose "
+            "another checkpoint.storage_path"
+        )
