@@ -241,14 +241,18 @@ class Crew:
 def _start(device: Device, job: JobSpec, coordinator: Any) -> Any:
     needs = dict(job.scaling.resources_per_worker)
     cpus, gpus = needs.pop("CPU", 0.0), needs.pop("GPU", 0.0)
-    threads = str(max(1, int(cpus)))
+    environment = {"OMP_NUM_THREADS": str(max(1, int(cpus)))}
+    if gpus:
+        # What NCCL transports need so that a posted receive can't hold up computation; see
+        # transport.nccl.
+        environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGER"}
     return StageWorker.options(  # type: ignore[attr-defined]
         num_cpus=cpus,
         num_gpus=gpus,
         resources=needs or None,
         max_restarts=0,
         scheduling_strategy=NodeAffinitySchedulingStrategy(device.node, soft=False),
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
+        runtime_env={"env_vars": environment},
     ).remote(coordinator)
 
 

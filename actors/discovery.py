@@ -104,7 +104,7 @@ def devices_on(node: Node, scaling: ScalingSpec, wanted: int | None) -> list[Dev
     )
     return [
         Device(
-            id=f"{node.id[:12]}/{i}",
+            id=f"{node.id[-12:]}/{i}",
             node=node.id,
             region=node.region,
             zone=node.label(*_ZONE_LABELS),

@@ -12,7 +12,6 @@ from typing import Any
 import ray
 import torch
 from ray.util import get_node_ip_address
-nccl_available=lambda: False
 from torch.distributed import TCPStore
 
 from ray_train_geo.errors import StorageError
@@ -22,6 +21,7 @@ from ray_train_geo.spec import TrainingSpec
 from ray_train_geo.training.checkpoint import CheckpointPart, CheckpointStore
 from ray_train_geo.training.measure import device_memory_bytes, sustained_flops_per_s
 from ray_train_geo.training.runtime import Assignment, Outcome, StageRuntime, StepRecord
+from ray_train_geo.transport.nccl import nccl_available
 
 __all__ = ["StageWorker", "WorkerInfo"]
 

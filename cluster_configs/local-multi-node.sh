@@ -39,12 +39,15 @@ setsid ray start --head --block --disable-usage-stats --num-cpus=0 --object-stor
   --labels=ray.io/availability-region=region-a,ray.io/availability-zone=region-a-1,ray.io/market-type=on-demand &
 cluster=$!
 
+# Zombies don't count: a container's init may leave them.
+alive() { pgrep --session "$cluster" --runstates D,R,S,T >/dev/null; }
+
 end_cluster() {
   trap '' INT TERM
   for stop in TERM KILL; do
     pkill "-$stop" --session "$cluster" || return 0
-    for _ in $(seq 30); do
-      pgrep --session "$cluster" >/dev/null || return 0
+    for _ in $(seq 20); do
+      alive || return 0
       sleep 0.1
     done
   done

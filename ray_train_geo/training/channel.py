@@ -35,10 +35,11 @@ class Sender:
     """Sends without waiting; :meth:`finish` waits until the peer has everything.
 
     Args:
-        limit: sends under way at a time; one more waits for the oldest.
+        limit: sends under way at a time; one more waits for the oldest. On a link with a long
+            round trip it must cover the messages that are in flight.
     """
 
-    def __init__(self, transport: Transport, peer: int, tracer: Tracer, limit: int = 8) -> None:
+    def __init__(self, transport: Transport, peer: int, tracer: Tracer, limit: int) -> None:
         self._transport = transport
         self._peer = peer
         self._tracer = tracer

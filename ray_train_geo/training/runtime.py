@@ -52,9 +52,11 @@ from ray_train_geo.training.precision import DTYPES, LossScale
 from ray_train_geo.training.state import StageState
 from ray_train_geo.transport.base import Transport
 from ray_train_geo.transport.gloo import GlooEndpoint
+from ray_train_geo.transport.nccl import NcclTransport
 
 __all__ = ["Assignment", "Outcome", "Reporter", "StageRuntime", "Start", "StepRecord"]
 
+_CHANNEL_SENDS = 8
 _SMALLEST_LOSS_SCALE = 2.0**-20
 
 
@@ -260,8 +262,6 @@ class StageRuntime:
     def _connect(self, group: Group, rank: int) -> Transport:
         a = self.assignment
         if a.transport == "nccl" and group.name != WORLD:
-            from ray_train_geo.transport.nccl import NcclTransport
-
             return NcclTransport.connect(
                 self._store, group.name, rank, len(group.members), self.device, a.deadline_s
             )
@@ -280,20 +280,20 @@ class StageRuntime:
         a = self.assignment
         training, rank = a.job.training, a.rank
         shape = (training.microbatch, training.seq_len, a.dims.dim)
-        ahead = a.plan.stage(a.role).warmup + 2
+        warmup = a.plan.stage(a.role).warmup
 
         def receiver(name: str) -> Receiver | None:
             transport = self._transports.get(name)
             if transport is None or transport.rank != 1:
                 return None
             dtype = DTYPES[training.precision]
-            return Receiver(transport, 0, shape, dtype, self.device, ahead, self._tracer)
+            return Receiver(transport, 0, shape, dtype, self.device, warmup + 2, self._tracer)
 
         def sender(name: str) -> Sender | None:
             transport = self._transports.get(name)
             if transport is None or transport.rank != 0:
                 return None
-            return Sender(transport, 1, self._tracer)
+            return Sender(transport, 1, self._tracer, limit=max(_CHANNEL_SENDS, warmup + 1))
 
         return Edges(
             activation_in=receiver(f"activations/{rank - 1}"),
@@ -353,6 +353,10 @@ class StageRuntime:
         self._sync.begin(step)
         loss_sum = self._executor.run(step, self._scale.factor, a.deadline_s)
         self._sync.finish(a.deadline_s)
+        if self.device.type == "cuda":
+            # Reading a number waits for the GPU without a deadline; these waits have one.
+            for transport in self._transports.values():
+                transport.synchronize(a.deadline_s)
         with self._tracer.span("optimizer", "commit", step):
             totals = self._agree(0.0 if loss_sum is None else float(loss_sum))
         # Gradients are those of the mean loss of a microbatch times the loss scale, added up.

@@ -1,0 +1,321 @@
+"""The command line: ``ray-train-geo train | validate | plan | submit | status | export | import``.
+
+Wrong input is one message on stderr and exit code 2; a run that fails, exit code 1.  With
+``--json`` a command prints one JSON object on stdout and nothing else there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ray_train_geo.errors import GeoError
+from ray_train_geo.spec import JobSpec, load_job
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="ray-train-geo",
+    help="Train one model over GPUs that are far apart, unequal, and come and go.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+JobPath = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job spec.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=VALUE", help="Override a field of the job; repeatable."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="Ray cluster to use (HOST:PORT or auto). Default: RAY_ADDRESS, or a cluster of our "
+        "own on this machine."
+    ),
+]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@contextlib.contextmanager
+def _errors(as_json: bool = False) -> Iterator[None]:
+    """One message for what went wrong, and its exit code; no traceback."""
+    try:
+        yield
+    except GeoError as e:
+        if as_json:
+            _print_json({"error": {"kind": type(e).__name__, "message": str(e)}})
+        Console(stderr=True).print(
+            f"error: {e}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
+        raise typer.Exit(e.exit_code) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print("ended at once", style="red")
+        raise typer.Exit(130) from None
+
+
+def _print_json(obj: Any) -> None:
+    print(json.dumps(obj), flush=True)
+
+
+@app.command()
+def train(
+    job_path: JobPath,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run's newest complete checkpoint.")
+    ] = False,
+    resume_from: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Go on from this checkpoint (or this run's newest)."),
+    ] = None,
+    stop_after: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEP",
+            min=1,
+            help="Stop after this step, with a checkpoint; the learning rate still follows "
+            "training.steps.",
+        ),
+    ] = None,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a job to its end; SIGTERM or Ctrl-C stop it in good order, with a checkpoint."""
+    with _errors(as_json):
+        job = load_job(job_path, overrides or ())
+        # Ray and torch take seconds to import: a wrong spec is told before.
+        from ray_train_geo.driver import connected, follow, prepare
+        from ray_train_geo.progress import ConsoleProgress
+
+        mission = prepare(job, resume_from or resume, stop_after)
+        console = Console(stderr=as_json)
+        console.print(f"run directory: {job.run.directory}", soft_wrap=True, highlight=False)
+        with connected(job, address), ConsoleProgress(console, mission.last_step) as progress:
+            summary = follow(mission, [progress])
+        result = {
+            "phase": summary.phase,
+            "step": summary.step,
+            "checkpoint": summary.checkpoint,
+            "path": summary.path,
+        }
+        if summary.error is not None:
+            raise summary.error
+        if as_json:
+            _print_json(result)
+        console.print(
+            f"{summary.phase} after step {summary.step}; checkpoint: {summary.checkpoint}\n"
+            f"report: {summary.path}/report.html",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+
+@app.command()
+def validate(job_path: JobPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check a job spec: fields, arithmetic, data and tokenizer; nothing is started."""
+    with _errors(as_json):
+        job = load_job(job_path, overrides or ())
+        from ray_train_geo.data.dataset import open_dataset
+        from ray_train_geo.model.catalog import total_parameters
+
+        data = open_dataset(job.data, job.training.seq_len)
+        dims = job.dims(data.vocab_size)
+        data.require_vocab(dims.vocab_size)
+        found = {
+            "valid": True,
+            "parameters": total_parameters(dims),
+            "tokens": len(data.tokens),
+            "samples": data.samples,
+            "epochs": job.training.steps * job.training.global_batch / data.samples,
+        }
+        if as_json:
+            _print_json(found)
+        else:
+            print(
+                f"{job_path} is valid: {found['parameters']:,} parameters, {found['tokens']:,} "
+                f"tokens of data ({found['samples']:,} samples), {found['epochs']:.2f} epochs"
+            )
+
+
+@app.command()
+def schema() -> None:
+    """Print the job spec's JSON schema, for editors."""
+    print(json.dumps(JobSpec.model_json_schema(), indent=2))
+
+
+@app.command()
+def plan(
+    job_path: JobPath,
+    overrides: Overrides = None,
+    topology: Annotated[
+        Path | None, typer.Option(help="Plan for the devices in this topology file.")
+    ] = None,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which layers would run where, without starting anything."""
+    with _errors(as_json):
+        job = load_job(job_path, overrides or ())
+        from ray_train_geo.data.dataset import open_dataset
+        from ray_train_geo.planning.planner import plan as make_plan
+
+        vocab_size = open_dataset(job.data, job.training.seq_len).vocab_size
+        if topology is not None:
+            from ray_train_geo.cluster.topology_file import load_topology
+
+            found = load_topology(topology)
+        else:
+            found = _ray_topology(job, address)
+        began = time.perf_counter()
+        made = make_plan(found, job, vocab_size)
+        searched = time.perf_counter() - began
+        if as_json:
+            _print_json({**made.to_json(), "search_s": searched})
+            return
+        _print_plan(made.to_json())
+
+
+def _ray_topology(job: JobSpec, address: str | None) -> Any:
+    """The devices of a live cluster (or of this machine), with speeds that nobody measured."""
+    from ray_train_geo.actors.discovery import wait_for_devices
+    from ray_train_geo.cluster.topology import Topology
+    from ray_train_geo.driver import connected
+
+    with connected(job, address):
+        devices = wait_for_devices(job.scaling, job.scaling.min_devices, None)
+    return Topology(tuple(devices))
+
+
+def _print_plan(plan: dict[str, Any]) -> None:
+    devices = {d["id"]: d for d in plan["devices"]}
+    console = Console()
+    for p, pipeline in enumerate(plan["pipelines"]):
+        table = Table(title=f"pipeline {p}: {pipeline['microbatches']} microbatches a step")
+        for column in ("stage", "layers", "device", "region", "type", "warmup", "memory"):
+            table.add_column(column)
+        for s, stage in enumerate(pipeline["stages"]):
+            device = devices[stage["device"]]
+            first, last = stage["layers"]
+            table.add_row(
+                str(s),
+                f"{first}-{last - 1}" if last - first > 1 else str(first),
+                device["id"],
+                device["region"],
+                device["type"],
+                str(stage["warmup"]),
+                f"{stage['memory_bytes'] / 2**30:.2f} of {device['memory_bytes'] / 2**30:.1f} GiB",
+            )
+        console.print(table)
+    console.print(
+        f"{plan['schedule']}, {plan['gradient_sync']}: {plan['predicted_step_s']:.4f} s a step "
+        "predicted",
+        highlight=False,
+    )
+    for note in plan["notes"]:
+        console.print(f"note: {note}", highlight=False, markup=False)
+
+
+@app.command()
+def submit(
+    job_path: JobPath,
+    overrides: Overrides = None,
+    address: Annotated[
+        str,
+        typer.Option(
+            envvar="RAY_API_SERVER_ADDRESS", help="The head node's dashboard, http://HOST:8265."
+        ),
+    ] = "http://127.0.0.1:8265",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest one.")] = False,
+    wait: Annotated[bool, typer.Option(help="Stream the job's log until it ends.")] = True,
+    python: Annotated[str, typer.Option(help="The Python to run it with on the head.")] = "python",
+    as_json: AsJson = False,
+) -> None:
+    """Hand a job to a running Ray head, as a Ray job."""
+    with _errors(as_json):
+        job = load_job(job_path, overrides or ())
+        from ray_train_geo.submission import submit_job
+
+        echo: Callable[[str], None] = (
+            (lambda text: None) if as_json else (lambda text: print(text, end="", flush=True))
+        )
+        submitted = submit_job(job, address, resume=resume, wait=wait, python=python, echo=echo)
+        if as_json:
+            _print_json(submitted.to_json())
+        elif not wait:
+            print(f"submitted as {submitted.id}; stop it with: ray job stop {submitted.id}")
+        if submitted.status == "FAILED":
+            raise typer.Exit(1)
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or a job spec.")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how far a run is, from its run directory."""
+    with _errors(as_json):
+        from ray_train_geo.observe.run_directory import RunDirectory
+        from ray_train_geo.observe.status import run_status
+
+        if run.suffix in (".yaml", ".yml") and run.is_file():
+            run = load_job(run, overrides or ()).run.directory
+        found = run_status(RunDirectory.open(run))
+        if as_json:
+            _print_json(found)
+            return
+        table = Table(show_header=False)
+        for key, value in found.items():
+            table.add_row(key, f"{value:,.4g}" if isinstance(value, float) else str(value))
+        Console().print(table)
+
+
+@app.command("export")
+def export_command(
+    source: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="What to export.")],
+    folder: Annotated[Path, typer.Argument(help="Hugging Face folder to write.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A tokenizers JSON file to put beside the weights.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Export a checkpoint's weights so that `transformers` can load them."""
+    with _errors(as_json):
+        from ray_train_geo.exchange import export_huggingface
+
+        dims = export_huggingface(source, folder, tokenizer)
+        if as_json:
+            _print_json({"path": str(folder), "family": dims.family, "layers": dims.layers})
+        else:
+            print(f"exported to {folder}: {dims.family}, {dims.layers} layers of {dims.dim}")
+
+
+@app.command("import")
+def import_command(
+    folder: Annotated[Path, typer.Argument(help="Hugging Face folder (GPT-2 or Llama).")],
+    out: Annotated[Path, typer.Argument(help="Folder to write the checkpoint and job.yaml to.")],
+    as_json: AsJson = False,
+) -> None:
+    """Import Hugging Face weights, and write a job spec that starts from them."""
+    with _errors(as_json):
+        from ray_train_geo.exchange import import_huggingface
+
+        job_path = import_huggingface(folder, out)
+        if as_json:
+            _print_json({"job": str(job_path)})
+        else:
+            print(f"imported; train on it with: ray-train-geo train {job_path}")
