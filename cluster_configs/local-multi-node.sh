@@ -45,7 +45,9 @@ alive() { pgrep --session "$cluster" --runstates D,R,S,T >/dev/null; }
 end_cluster() {
   trap '' INT TERM
   for stop in TERM KILL; do
-    pkill "-$stop" --session "$cluster" || return 0
+    mapfile -t members < <(pgrep --session "$cluster")
+    ((${#members[@]})) || return 0
+    kill "-$stop" "${members[@]}" 2>/dev/null || true
     for _ in $(seq 20); do
       alive || return 0
       sleep 0.1

@@ -81,9 +81,7 @@ class NcclQueue:
                 DeadlineError(f"joining {where}: not all ranks came within {deadline_s:.1f} s")
             )
         if self._refusal is not None:
-            raise TransportError(
-                f"joining {where}: {first_line(self._refusal)}; NCCL_DEBUG=WARN tells more"
-            ) from self._refusal
+            raise TransportError(f"joining {where}: {first_line(self._refusal)}") from self._refusal
 
     # ------------------------------------------------------------------ the caller's side
 

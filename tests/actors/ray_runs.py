@@ -1,0 +1,167 @@
+"""Runs of the real command line on real Ray clusters, for the tests of this folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+BIN = Path(sys.executable).parent
+TEXT = Path(__file__).parents[1] / "training" / "test_exactness.py"
+VOCAB = 257
+
+JOB = f"""
+model: {{layers: 4, dim: 32, heads: 4, dropout: 0.1}}
+data: {{path: {TEXT}}}
+training: {{steps: 12, global_batch: 8, microbatch: 2, seq_len: 32, lr: 3.0e-3, warmup_steps: 2,
+  grad_clip: 0.5, seed: 3}}
+parallelism: {{pipelines: 2, stages: 2}}
+scaling: {{resources_per_worker: {{CPU: 0.25}}}}
+checkpoint: {{interval: 4}}
+run: {{name: tiny}}
+"""
+
+
+def environment(**more: str) -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    kept = {k: v for k, v in os.environ.items() if k.startswith("RAY_TRAIN_GEO")}
+    path = f"{BIN}:{os.environ['PATH']}"
+    return clean | kept | {"PATH": path, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"} | more
+
+
+def write_job(folder: Path) -> Path:
+    job = folder / "job.yaml"
+    job.write_text(JOB)
+    return job
+
+
+def command(folder: Path, *arguments: str, sets: tuple[str, ...] = ()) -> list[str]:
+    settings = [f"run.storage_path={folder}", *sets]
+    return [
+        sys.executable,
+        *("-m", "ray_train_geo", "train", str(write_job(folder)), *arguments),
+        *(part for setting in settings for part in ("--set", setting)),
+    ]
+
+
+def train(
+    folder: Path, *arguments: str, sets: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(folder, *arguments, sets=sets),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@contextlib.contextmanager
+def training(
+    folder: Path, *arguments: str, sets: tuple[str, ...] = ()
+) -> Iterator[subprocess.Popen[str]]:
+    """A run under way; its processes are gone afterwards."""
+    process = subprocess.Popen(
+        command(folder, *arguments, sets=sets),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    child.kill()
+        process.kill()
+        process.communicate()
+
+
+def lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    path = folder / "tiny" / name
+    if not path.exists():
+        return []
+    return [
+        json.loads(line)
+        for line in path.read_text().splitlines(keepends=True)
+        if line.endswith("\n")
+    ]
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [e for e in lines(folder, "events.jsonl") if e["event"] == kind]
+
+
+def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str] | None = None) -> Any:
+    """What ``condition`` returns once it is true."""
+    deadline = time.monotonic() + 90
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not happen within 90 s"
+        assert process is None or process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    return found
+
+
+def steps(folder: Path) -> list[int]:
+    return [record["step"] for record in lines(folder, "metrics.jsonl")]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def ray_head(cpus: int = 4) -> Iterator[tuple[str, str]]:
+    """A Ray head with a dashboard, in a session of its own: (address, dashboard's URL)."""
+    port, dashboard = free_port(), free_port()
+    with tempfile.TemporaryDirectory(prefix="rtg", dir="/tmp", ignore_cleanup_errors=True) as temp:
+        head = subprocess.Popen(
+            [
+                str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats",
+                "--node-ip-address=127.0.0.1", f"--port={port}", f"--num-cpus={cpus}",
+                "--include-dashboard=true", f"--dashboard-port={dashboard}",
+                f"--ray-client-server-port={free_port()}", "--dashboard-agent-listen-port=0",
+                f"--dashboard-agent-grpc-port={free_port()}", "--object-store-memory=80000000",
+                f"--temp-dir={temp}",
+            ],
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            wait_until(lambda: _open(port) and _open(dashboard))
+            yield f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
+        finally:
+            # Ray gives its processes groups of their own; the session holds them all.
+            members = [p.pid for p in psutil.process_iter() if _session(p.pid) == head.pid]
+            for pid in members:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, 9)
+            head.wait()
+
+
+def _session(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except (ProcessLookupError, PermissionError):
+        return -1
+
+
+def _open(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
