@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import statistics
 import threading
 import time
 import traceback
@@ -282,15 +283,18 @@ class _Coordinator:
         chosen = [d for d in devices if fixed is None or d.id in used][:wanted]
         crew = Crew(chosen, job, self._handle, self._recorder)
         try:
-            measured = self._measure(crew)
+            topology = _topology(self._measure(crew), links)
+            if links is None:
+                topology = dataclasses.replace(topology, node_links=crew.links())
             began = time.perf_counter()
-            plan = make_plan(_topology(measured, links), job, mission.vocab_size)
+            plan = make_plan(topology, job, mission.vocab_size)
             plan = dataclasses.replace(plan, search_s=time.perf_counter() - began)
             crew.assign(plan)
         except BaseException:
             crew.dismiss()
             raise
         self._recorder.run.write_json("plan.json", plan.to_json())
+        self._recorder.event("topology", links=_links_json(topology))
         self._recorder.event("plan", predicted_step_s=plan.predicted_step_s, notes=list(plan.notes))
         return plan, crew
 
@@ -315,7 +319,7 @@ class _Coordinator:
             measured.append(
                 dataclasses.replace(device, flops_per_s=info.flops_per_s, memory_bytes=memory)
             )
-        return measured
+        return _level(measured)
 
     def _build(self, generation: _Generation, start: Start | None) -> None:
         mission, plan, crew = self._mission, generation.plan, generation.crew
@@ -453,6 +457,35 @@ def _topology(devices: list[Device], links: Topology | None) -> Topology:
     if links is None:
         return Topology(tuple(devices))
     return Topology(tuple(devices), links.node_links, links.region_links)
+
+
+def _level(devices: list[Device]) -> list[Device]:
+    """Devices of one type on one node are equally fast.
+
+    They were measured side by side, and what differs is who got the processor when: a plan must not
+    be fitted to that.
+    """
+    speeds: dict[tuple[str, str], list[float]] = {}
+    for device in devices:
+        speeds.setdefault((device.node, device.type), []).append(device.flops_per_s)
+    return [
+        dataclasses.replace(d, flops_per_s=statistics.median(speeds[d.node, d.type]))
+        for d in devices
+    ]
+
+
+def _links_json(topology: Topology) -> list[dict[str, Any]]:
+    """The links that were measured, or read from a file."""
+    links = {**topology.region_links, **topology.node_links}
+    return [
+        {
+            "from": source,
+            "to": target,
+            "latency_s": link.latency_s,
+            "bandwidth_bytes_per_s": link.bandwidth_bytes_per_s,
+        }
+        for (source, target), link in links.items()
+    ]
 
 
 def _deadline_s(job: JobSpec, plan: Plan) -> float:

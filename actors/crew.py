@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_train_geo.actors.recorder import Recorder
 from ray_train_geo.actors.stage_worker import StageWorker, WorkerInfo
-from ray_train_geo.cluster.topology import Device
+from ray_train_geo.cluster.topology import DEFAULT_LINK, Device, Link
 from ray_train_geo.errors import ClusterError, GeoError, TransportError, WorkerError
 from ray_train_geo.model.catalog import ModelDims
 from ray_train_geo.observe.trace import Span
@@ -24,6 +24,7 @@ from ray_train_geo.training.runtime import Assignment, Outcome
 __all__ = ["Crew", "LostWorkerError"]
 
 _HELLO_DEADLINE_S = 180.0
+_PING_DEADLINE_S = 60.0
 _POLL_S = 0.2
 _WITNESS_S = 3.0
 _TRACE_DEADLINE_S = 30.0
@@ -74,6 +75,36 @@ class Crew:
                 "the resources in scaling.resources_per_worker still free?"
             ) from None
         return self._infos
+
+    def links(self) -> dict[tuple[str, str], Link]:
+        """The links between all pairs of the crew's nodes, with measured latency.
+
+        One worker of each node pings one of every other.  Bandwidth is not measured: it is that of
+        the default link.
+
+        Raises:
+            LostWorkerError: a worker is gone, or can't reach another.
+        """
+        first = {info.node_id: device for device, info in reversed(self._infos.items())}
+        places = {n: (self._infos[d].address, self._infos[d].ping_port) for n, d in first.items()}
+        if len(places) < 2:
+            return {}
+        calls = {
+            device: self._workers[device].ping.remote(
+                {n: p for n, p in places.items() if n != node}
+            )
+            for node, device in first.items()
+        }
+        try:
+            answers = self._all(calls, _PING_DEADLINE_S)
+        except GetTimeoutError:
+            error = TransportError(f"the nodes did not ping each other in {_PING_DEADLINE_S:g} s")
+            raise LostWorkerError(error) from None
+        return {
+            (node, other): Link(round_trip / 2, DEFAULT_LINK.bandwidth_bytes_per_s)
+            for node, device in first.items()
+            for other, round_trip in answers[device].items()
+        }
 
     def assign(self, plan: Plan) -> None:
         """Give out the plan's roles; workers without one end."""

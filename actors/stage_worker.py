@@ -22,6 +22,7 @@ from ray_train_geo.training.checkpoint import CheckpointPart, CheckpointStore
 from ray_train_geo.training.measure import device_memory_bytes, sustained_flops_per_s
 from ray_train_geo.training.runtime import Assignment, Outcome, StageRuntime, StepRecord
 from ray_train_geo.transport.nccl import nccl_available
+from ray_train_geo.transport.ping import PingServer, round_trip_s
 
 __all__ = ["StageWorker", "WorkerInfo"]
 
@@ -33,6 +34,7 @@ class WorkerInfo:
     Args:
         memory_bytes: the GPU's; None on a CPU.
         nccl: CuPy's NCCL can be used here.
+        ping_port: where a :class:`PingServer` answers.
         sees_storage: the coordinator's probe file is visible in checkpoint storage.
     """
 
@@ -44,6 +46,7 @@ class WorkerInfo:
     flops_per_s: float
     memory_bytes: int | None
     nccl: bool
+    ping_port: int
     sees_storage: bool
 
 
@@ -76,6 +79,7 @@ class StageWorker:
         self._device = torch.device("cuda:0" if torch.cuda.is_available() and _has_gpu() else "cpu")
         self._runtime: StageRuntime | None = None
         self._interrupted = False
+        self._ping_server = PingServer(get_node_ip_address())
 
     def hello(
         self, dims: ModelDims, training: TrainingSpec, checkpoint_root: str, probe: str
@@ -91,8 +95,13 @@ class StageWorker:
             flops_per_s=sustained_flops_per_s(dims, training, self._device),
             memory_bytes=device_memory_bytes(self._device),
             nccl=self._device.type == "cuda" and nccl_available(),
+            ping_port=self._ping_server.port,
             sees_storage=CheckpointStore(checkpoint_root).sees(probe),
         )
+
+    def ping(self, targets: Mapping[str, tuple[str, int]]) -> dict[str, float]:
+        """Round trips to the workers at ``targets`` (address, port), in seconds, by name."""
+        return {name: round_trip_s(host, port) for name, (host, port) in targets.items()}
 
     def build(self, assignment: Assignment, store_host: str, store_port: int) -> None:
         """Take a role in a new generation; the role in the old one, if any, ends."""

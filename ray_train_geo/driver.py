@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import ray
+from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -35,6 +37,8 @@ _POLL_S = 0.2
 _ANSWER_S = 60.0
 _OBJECT_STORE_BYTES = 200 * 2**20
 _MOST_LOCAL_WORKERS = 16
+_REACH_S = 10.0
+_HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 
 
 class Callback(Protocol):
@@ -159,10 +163,14 @@ def connected(job: JobSpec, address: str | None = None) -> Iterator[None]:
     }
     if address not in (None, "local"):
         try:
+            _reach(address)
             ray.init(address=address, **common)
-        except (ConnectionError, RuntimeError, ValueError, RayError) as e:
-            reason = str(e).strip().splitlines()[0]
-            raise ClusterError(f"can't reach Ray at {address}: {reason}") from None
+        except (OSError, RuntimeError, ValueError, RayError) as e:
+            reason = getattr(e, "strerror", None) or str(e).strip().splitlines()[0]
+            raise ClusterError(
+                f"can't reach Ray at {address}: {reason}; start it there with `ray start --head`, "
+                "or correct --address (or RAY_ADDRESS): it is HOST:PORT, by default port 6379"
+            ) from None
         try:
             yield
         finally:
@@ -190,6 +198,24 @@ def connected(job: JobSpec, address: str | None = None) -> Iterator[None]:
             ray.shutdown()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _reach(address: str) -> None:
+    """Ask whether a Ray head listens at ``address``: ``ray.init`` itself would try for ever.
+
+    Raises:
+        OSError, ValueError: it does not, or it is no address.
+    """
+    client = "://" in address
+    bare = address.partition("://")[2] if client else canonicalize_bootstrap_address(address)
+    host, _, port = (bare or address).rpartition(":")
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S) as connection:
+        if client or os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+            return
+        # A head speaks gRPC: its first frame is HTTP/2 settings.  A dashboard's port does not.
+        connection.sendall(_HTTP2_HELLO)
+        if connection.makefile("rb").read(9)[3:4] != b"\4":
+            raise ConnectionError("what answers there is no Ray head")
 
 
 def _local_cpus(job: JobSpec) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -21,13 +22,6 @@ __all__ = ["Receiver", "Sender"]
 
 class _Posted(NamedTuple):
     tensor: torch.Tensor
-    pending: Pending
-
-
-class _Sent(NamedTuple):
-    name: str
-    microbatch: int
-    start_s: float
     pending: Pending
 
 
@@ -44,8 +38,9 @@ class Sender:
         self._peer = peer
         self._tracer = tracer
         self._limit = limit
-        self._sent: deque[_Sent] = deque()
+        self._sent: deque[Pending] = deque()
         self._step = 0
+        self._watcher: ThreadPoolExecutor | None = None
 
     def begin(self, step: int) -> None:
         self._step = step
@@ -53,22 +48,43 @@ class Sender:
     def send(self, tensor: torch.Tensor, name: str, microbatch: int, deadline_s: float) -> None:
         """Start sending; ``tensor`` must not change until it has left."""
         while len(self._sent) >= self._limit:
-            self._reap(deadline_s)
+            self._sent.popleft().wait(deadline_s)
         start_s = time.time()
         pending = self._transport.send(tensor.contiguous(), self._peer)
-        self._sent.append(_Sent(name, microbatch, start_s, pending))
+        # On a GPU a wait is for the caller's stream, and the host learns nothing by it.
+        if self._tracer.enabled and not tensor.is_cuda:
+            pending = self._watched(pending, name, microbatch, start_s, deadline_s)
+        self._sent.append(pending)
 
     def finish(self, deadline_s: float) -> None:
         """Wait until every message has left."""
         while self._sent:
-            self._reap(deadline_s)
+            self._sent.popleft().wait(deadline_s)
 
-    def _reap(self, deadline_s: float) -> None:
-        name, microbatch, start_s, pending = self._sent.popleft()
-        pending.wait(deadline_s)
-        if self._tracer.enabled:
-            took_s = time.time() - start_s
-            self._tracer.add(Span("send", name, start_s, took_s, self._step, microbatch))
+    def _watched(
+        self, pending: Pending, name: str, microbatch: int, start_s: float, deadline_s: float
+    ) -> Pending:
+        """Record when the message has really left, which this thread is too busy to see."""
+        if self._watcher is None:
+            self._watcher = ThreadPoolExecutor(1, thread_name_prefix="watch-sends")
+        step = self._step
+
+        def watch() -> None:
+            pending.wait(deadline_s)
+            end_s = time.time()
+            self._tracer.add(Span("send", name, start_s, end_s - start_s, step, microbatch))
+
+        return _Watched(self._watcher.submit(watch))
+
+
+class _Watched:
+    """A send that another thread waits for, within its own deadline."""
+
+    def __init__(self, watching: Future[None]) -> None:
+        self._watching = watching
+
+    def wait(self, timeout_s: float) -> None:
+        self._watching.result()
 
 
 class Receiver:

@@ -63,14 +63,14 @@ class NcclQueue:
         self._operations: SimpleQueue[Operation | None] = SimpleQueue()
         self._last: Operation | None = None
 
-        # Guards the four below.  No CUDA call is made under it: one that blocks must not keep
+        # Guards the next three.  No CUDA call is made under it: one that blocks must not keep
         # abort() waiting.
         self._lock = threading.Lock()
         self._communicator: Any = None
         self._ended: str | None = None  # why no operation may start any more
         self._aborted = False
-        self._refusal: Exception | None = None
 
+        self._refusal: Exception | None = None
         self._joined = threading.Event()
         self._thread = threading.Thread(
             target=self._run, args=(create,), name=f"nccl {where}", daemon=True
