@@ -265,19 +265,14 @@ class _Coordinator:
 
     def _plan_and_staff(self) -> tuple[Plan, Crew]:
         """Plan on what is known, start workers, let them measure, and plan again."""
-        mission, job, store = self._mission, self._job, self._store
+        mission, job = self._mission, self._job
         links = load_topology(Path(job.scaling.topology)) if job.scaling.topology else None
         fixed = _fixed_workers(job)
         wanted = fixed or job.scaling.max_devices
         devices = wait_for_devices(job.scaling, max(fixed or 1, job.scaling.min_devices), wanted)
         first = make_plan(_topology(devices, links), job, mission.vocab_size)
-        check_space(
-            mission.dims,
-            job.checkpoint.keep,
-            len(store.complete()),
-            store.root,
-            store.free_bytes(),
-        )
+        # After the plan: a model that fits no memory should not be called too large for the disk.
+        check_space(mission.dims, job.checkpoint.keep, self._store)
         used = {s.device for p in first.pipelines for s in p.stages}
         # Where the plan is open, all devices are measured before it is made.
         chosen = [d for d in devices if fixed is None or d.id in used][:wanted]

@@ -28,7 +28,12 @@ from ray_train_geo.observe.run_directory import RunDirectory
 from ray_train_geo.spec import JobSpec
 from ray_train_geo.training.checkpoint import CheckpointStore, read_manifest
 from ray_train_geo.training.identity import check_identity, check_model, identity
-from ray_train_geo.training.mission import Mission, Progress, Summary, checkpoint_root
+from ray_train_geo.training.mission import (
+    Mission,
+    Progress,
+    Summary,
+    checkpoint_root,
+)
 
 __all__ = ["Callback", "connected", "follow", "prepare"]
 
@@ -81,6 +86,8 @@ def prepare(job: JobSpec, resume: bool | str = False, until: int | None = None) 
         _refuse_foreign_checkpoints(job)
         run = RunDirectory.create(job.run.directory)
     run.write_text("job.yaml", job.to_yaml())
+    store = CheckpointStore(checkpoint_root(job))
+    store.remove_probe(store.probe())
     return Mission(
         job=job,
         vocab_size=data.vocab_size,

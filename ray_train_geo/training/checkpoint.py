@@ -15,12 +15,10 @@ is written last, makes them visible.  No manifest, no checkpoint, on either kind
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import time
 import uuid
-import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,17 +33,18 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
 from ray_train_geo.errors import CheckpointError, StorageError
+from ray_train_geo.training.manifest import Manifest
 
 __all__ = [
     "CheckpointPart",
     "CheckpointStore",
-    "Manifest",
     "read_manifest",
     "read_tensors",
     "write_part",
 ]
 
 _MANIFEST = "manifest.json"
+_METADATA = ".metadata"
 _INCOMPLETE = ".incomplete"
 _STEP = re.compile(r"^step-(\d{8,})$")
 
@@ -59,36 +58,6 @@ class CheckpointPart:
     results: list[WriteResult]
     checksums: dict[str, int]
     size_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What makes a checkpoint complete, and what of the run's state is not a tensor.
-
-    Args:
-        updates: AdamW updates so far (overflowed steps do not count).
-        identity: what a run that resumes must agree on; see ``training.identity``.
-        checksums: CRC-32 of each tensor's bytes.
-        files: size of each file in bytes.
-    """
-
-    step: int
-    updates: int
-    loss_scale: float
-    good_steps: int
-    identity: dict[str, Any]
-    checksums: dict[str, int]
-    files: dict[str, int]
-    time: float
-    plan: dict[str, Any] | None = None
-    format: int = 1
-
-    def to_json(self) -> str:
-        return json.dumps({name: getattr(self, name) for name in self.__slots__}, indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> Manifest:
-        return cls(**json.loads(text))
 
 
 def write_part(location: str, rank: int, tensors: Mapping[str, torch.Tensor]) -> CheckpointPart:
@@ -122,14 +91,17 @@ def read_manifest(location: str) -> Manifest:
     Raises:
         CheckpointError: there is no complete checkpoint at ``location``.
     """
-    fs, path = fsspec.core.url_to_fs(location)
+    with _storage_errors("can't open", location):
+        fs, path = fsspec.core.url_to_fs(location)
     try:
         manifest = Manifest.from_json(fs.cat_file(f"{path}/{_MANIFEST}").decode())
     except FileNotFoundError:
         what = "it was never completed" if fs.exists(path) else "nothing is there"
         raise CheckpointError(f"no complete checkpoint at {location}: {what}") from None
     except (ValueError, TypeError) as e:
-        raise CheckpointError(f"checkpoint {location} is corrupt: manifest.json: {e}") from None
+        raise CheckpointError(f"checkpoint {location} is corrupt: {_MANIFEST}: {e}") from None
+    except OSError as e:
+        raise CheckpointError(f"checkpoint {location} can't be read: {e.strerror or e}") from None
     for name, size in manifest.files.items():
         try:
             found = fs.size(f"{path}/{name}")
@@ -139,6 +111,10 @@ def read_manifest(location: str) -> Manifest:
             raise CheckpointError(
                 f"checkpoint {location} is corrupt: {name} has {found} bytes instead of {size}"
             )
+    if zlib.crc32(fs.cat_file(f"{path}/{_METADATA}")) != manifest.metadata_checksum:
+        raise CheckpointError(
+            f"checkpoint {location} is corrupt: {_METADATA} is not what was written"
+        )
     return manifest
 
 
@@ -151,23 +127,39 @@ def read_tensors(location: str, manifest: Manifest, tensors: Mapping[str, torch.
     missing = sorted(set(tensors) - set(manifest.checksums))
     if missing:
         raise CheckpointError(f"checkpoint {location} has no {missing[0]!r} (of another model?)")
-    reader: FileSystemReader = (
-        FsspecReader(location) if _is_url(location) else FileSystemReader(location)
-    )
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of DCP: that there is no process group, as meant
-            dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
-    except Exception as e:  # DCP lets pickle's, zip's and its own errors through
-        reason = str(e).strip().splitlines()
-        raise CheckpointError(
-            f"checkpoint {location} can't be read: {reason[-1] if reason else type(e).__name__}"
-        ) from e
+        _load(location, tensors)
+    except Exception as e:  # of DCP, torch, zip, pickle or the file system
+        culprit = next((n for n, t in tensors.items() if not _loads(location, n, t)), "")
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise CheckpointError(f"checkpoint {location} can't be read: {culprit}: {reason}") from e
     for name, tensor in tensors.items():
         if _checksum(tensor) != manifest.checksums[name]:
             raise CheckpointError(
                 f"checkpoint {location} is corrupt: {name} is not what was written"
             )
+
+
+def _load(location: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """DCP's ``load``, without a process group and what it says about that."""
+    reader: FileSystemReader = (
+        FsspecReader(location) if _is_url(location) else FileSystemReader(location)
+    )
+    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    metadata = reader.read_metadata()
+    planner.set_up_planner(dict(tensors), metadata, is_coordinator=True)
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    plan = reader.prepare_local_plan(planner.create_local_plan())
+    (plan,) = reader.prepare_global_plan(planner.create_global_plan([plan]))
+    reader.read_data(planner.finish_plan(plan), planner).wait()
+
+
+def _loads(location: str, name: str, tensor: torch.Tensor) -> bool:
+    try:
+        _load(location, {name: tensor})
+    except Exception:
+        return False
+    return True
 
 
 class CheckpointStore:
@@ -261,7 +253,7 @@ class CheckpointStore:
             files = {
                 name: int(entry["size"])
                 for entry in self._fs.ls(path, detail=True)
-                if (name := os.path.basename(entry["name"])) in written | {".metadata"}
+                if (name := os.path.basename(entry["name"])) in written | {_METADATA}
             }
             unseen = sorted(written - set(files))
             if unseen:
@@ -271,7 +263,12 @@ class CheckpointStore:
                     "checkpoint.storage_path to a shared folder or an fsspec URL"
                 )
             complete = Manifest(
-                step=step, checksums=checksums, files=files, time=time.time(), **manifest
+                step=step,
+                checksums=checksums,
+                files=files,
+                metadata_checksum=zlib.crc32(self._fs.cat_file(f"{path}/{_METADATA}")),
+                time=time.time(),
+                **manifest,
             )
             self._fs.pipe_file(f"{path}/{_MANIFEST}", complete.to_json().encode())
             if not self._remote:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ray_train_geo.training.checkpoint import CheckpointPart, CheckpointStore, Manifest
+from ray_train_geo.training.checkpoint import CheckpointPart, CheckpointStore
+from ray_train_geo.training.manifest import Manifest
 
 __all__ = ["CheckpointCollector"]
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ray_train_geo.errors import GeoError, StorageError
 from ray_train_geo.model.catalog import ModelDims, total_parameters
 from ray_train_geo.spec import JobSpec
+from ray_train_geo.training.checkpoint import CheckpointStore
 
 __all__ = ["Mission", "Phase", "Progress", "Summary", "check_space", "checkpoint_root"]
 
@@ -77,22 +78,19 @@ def checkpoint_root(job: JobSpec) -> str:
     return f"{path}/{job.run.name}"
 
 
-def check_space(dims: ModelDims, keep: int, existing: int, root: str, free: int | None) -> None:
+def check_space(dims: ModelDims, keep: int, store: CheckpointStore) -> None:
     """Refuse a run whose checkpoints can't fit: ``keep`` of them, and the one being written.
-
-    Args:
-        existing: complete checkpoints that are there already.
-        free: free space in bytes, or None if unknown.
 
     Raises:
         StorageError: with what is needed and what is there.
     """
     each = int(total_parameters(dims) * _CHECKPOINT_BYTES_PER_PARAMETER * _CHECKPOINT_SLACK)
-    needed = each * max(1, keep + 1 - existing)
+    needed = each * max(1, keep + 1 - len(store.complete()))
+    free = store.free_bytes()
     if free is not None and free < needed:
         raise StorageError(
-            f"checkpoint storage {root} has {free / 2**20:,.1f} MiB free, but {keep} checkpoints "
-            f"and the one being written need {needed / 2**20:,.1f} MiB more "
+            f"checkpoint storage {store.root} has {free / 2**20:,.1f} MiB free, but {keep} "
+            f"checkpoints and the one being written need {needed / 2**20:,.1f} MiB more "
             f"({each / 2**20:,.1f} MiB each); free some space, lower checkpoint.keep, or choose "
             "another checkpoint.storage_path"
         )

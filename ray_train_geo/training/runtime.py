@@ -40,13 +40,13 @@ from ray_train_geo.training.channel import Receiver, Sender
 from ray_train_geo.training.checkpoint import (
     CheckpointPart,
     CheckpointStore,
-    Manifest,
     read_tensors,
     write_part,
 )
 from ray_train_geo.training.executor import Batches, Edges, StageExecutor
 from ray_train_geo.training.gradient_sync import GradientSync
 from ray_train_geo.training.groups import WORLD, Group, join_groups
+from ray_train_geo.training.manifest import Manifest
 from ray_train_geo.training.optimizer import MOMENTS, learning_rate
 from ray_train_geo.training.precision import DTYPES, LossScale
 from ray_train_geo.training.state import StageState

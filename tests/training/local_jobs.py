@@ -49,9 +49,7 @@ def plan_for(job: JobSpec, devices: int = 8) -> Plan:
 
 def train(job: JobSpec, start: Start | None = None, until: int | None = None) -> LocalResult:
     """Run under the plan that the job's parallelism asks for, ranks as threads over real gloo."""
-    return run_local(
-        job, job.dims(VOCAB), plan_for(job), processes=False, start=start, until=until
-    )
+    return run_local(job, job.dims(VOCAB), plan_for(job), processes=False, start=start, until=until)
 
 
 def curve(records: list[StepRecord]) -> list[tuple[float, float]]:
