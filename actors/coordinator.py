@@ -77,7 +77,9 @@ class _Coordinator:
         self._mission = mission
         self._job = mission.job
         self._handle = handle
-        self._recorder = Recorder(RunDirectory.open(mission.job.run.directory))
+        run = RunDirectory.open(mission.job.run.directory)
+        self._held = run.hold()  # until this process ends
+        self._recorder = Recorder(run)
         self._store = CheckpointStore(checkpoint_root(mission.job))
         self._identity = identity(mission.job, mission.dims, mission.data_fingerprint)
         self._phase: Phase = "starting"

@@ -103,7 +103,9 @@ def _open_or_create(job: JobSpec) -> RunDirectory:
     directory = job.run.directory
     if directory.exists():
         with contextlib.suppress(StorageError):
-            return RunDirectory.open(directory)
+            run = RunDirectory.open(directory)
+            os.close(run.hold())
+            return run
     return RunDirectory.create(directory)
 
 

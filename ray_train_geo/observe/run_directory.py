@@ -12,6 +12,7 @@ whole, so a reader sees the old or the new one, never half of one.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -30,6 +31,7 @@ from ray_train_geo.errors import StorageError
 __all__ = ["RunDirectory"]
 
 _PROBE_BYTES = 4096
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +54,13 @@ class RunDirectory:
         An earlier run at ``path`` is renamed to ``NAME.1`` (or the next free number).
 
         Raises:
-            StorageError: it can't be made or written: a file in the way, permission, no space.
+            StorageError: it can't be made or written: a file in the way, permission, no space;
+                or a run is going on there.
         """
         path = Path(path).expanduser().absolute()
         try:
+            if (path / _LOCK).exists():
+                os.close(cls(path).hold())
             moved_aside = _move_aside(path)
             path.mkdir(parents=True, exist_ok=True)
             for folder in ("errors", "checkpoints"):
@@ -86,6 +91,27 @@ class RunDirectory:
         raise StorageError(
             f"no run at {path}: {what}; give the run directory itself (STORAGE/NAME)"
         )
+
+    def hold(self) -> int:
+        """Take the directory for one run, until the returned file descriptor is closed.
+
+        The lock ends with the process that holds it, however that ends.
+
+        Raises:
+            StorageError: another run has it.
+        """
+        try:
+            fd = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                raise StorageError(
+                    f"a run is going on in {self.path}; stop it first, or choose another run.name"
+                ) from None
+        except OSError as e:
+            raise _storage_error("can't use the run directory", self.path, e) from e
+        return fd
 
     @property
     def job_path(self) -> Path:

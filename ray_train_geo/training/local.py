@@ -6,9 +6,11 @@ when a worker dies, the run just ends with its error.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import queue
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +36,8 @@ from ray_train_geo.training.runtime import (
 )
 
 __all__ = ["LocalResult", "run_local"]
+
+_WITNESS_S = 3.0
 
 
 @dataclass(slots=True)
@@ -115,7 +119,7 @@ def run_local(
     else:
         shared = HashStore()
         workers = [
-            threading.Thread(target=_work, args=(a, shared, device, steps, messages))
+            threading.Thread(target=_work, args=(a, shared, device, steps, messages), daemon=True)
             for a in assignments
         ]
     for worker in workers:
@@ -129,16 +133,24 @@ def run_local(
         keep=job.checkpoint.keep,
     )
     try:
-        return _collect(messages, workers, collector)
-    finally:
+        result = _collect(messages, workers, collector)
+    except BaseException:
+        # One that waits for peers to join would do so until its deadline.
         for worker in workers:
-            worker.join(deadline_s)
+            if processes:
+                worker.terminate()
+        raise
+    for worker in workers:
+        worker.join(deadline_s)
+    return result
 
 
 def _collect(messages: Any, workers: list[Any], collector: CheckpointCollector) -> LocalResult:
     result, running = LocalResult(), set(range(len(workers)))
     first_error: tuple[bool, BaseException, str] | None = None
-    while running:
+    failed_s = math.inf
+    # After an error the others are heard too, for it may follow from one of theirs.
+    while running and time.monotonic() < failed_s + _WITNESS_S:
         try:
             message = messages.get(timeout=1.0)
         except queue.Empty:
@@ -153,12 +165,14 @@ def _collect(messages: Any, workers: list[Any], collector: CheckpointCollector) 
                 collector.add(step, part, state)
             case StorageError():
                 first_error = first_error or (False, message, "")
+                failed_s = min(failed_s, time.monotonic())
             case _Ended():
                 running.discard(message.rank)
                 result.outcome = message.outcome or result.outcome
                 # The error that the others' broken links follow from is the one to report.
                 if message.error and (first_error is None or first_error[0]):
                     first_error = message.error
+                    failed_s = min(failed_s, time.monotonic())
     if first_error is not None:
         _, error, trace = first_error
         if isinstance(error, GeoError):

@@ -191,3 +191,15 @@ def test_errors_stay_inside_errors_and_never_replace_each_other(tmp_path: Path) 
     assert first.parent == second.parent == third.parent == run.errors_path
     assert [p.read_text() for p in (first, second, third)] == ["one", "two", "three"]
     assert first.name == "rank_1_10.0.0.1.txt"
+
+
+def test_a_directory_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run")
+    run.append_event("start")
+    held = run.hold()
+    for take in (run.hold, lambda: RunDirectory.create(run.path)):
+        with pytest.raises(StorageError, match="a run is going on"):
+            take()
+    assert run.events(), "the run that goes on was not moved aside"
+    os.close(held)
+    assert RunDirectory.create(run.path).moved_aside == tmp_path / "run.1"
