@@ -37,6 +37,7 @@ bench: $(STAMP)-dev
 
 docs: $(STAMP)-dev
 	$(BIN)/python -m ray_train_geo.spec_reference > docs/job-spec.md
+	$(BIN)/ray-train-geo schema > examples/job.schema.json
 
 install: $(STAMP)
 

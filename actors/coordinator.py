@@ -58,6 +58,10 @@ _REPORTS_DEADLINE_S = 600.0
 _BUILD_DEADLINE_S = 900.0
 
 
+class _StoppedError(Exception):
+    """The run was stopped while it waited for devices."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Generation:
     number: int
@@ -98,8 +102,9 @@ class _Coordinator:
     def run(self) -> None:
         """Train; how it ended is in the summary that :meth:`progress` returns."""
         try:
-            phase = self._train()
-            error = None
+            phase, error = self._train(), None
+        except _StoppedError:
+            phase, error = "stopped", None
         except GeoError as e:
             phase, error = "failed", e
         except BaseException as e:
@@ -204,11 +209,15 @@ class _Coordinator:
                 start = self._restart()
                 recorder.event("restore", step=self._step, lost_steps=step - self._step)
         # The workers' last reports may still be on their way.
-        recorder.wait_for(
+        if not recorder.wait_for(
             lambda: self._step >= outcome.step and (self._saved or (0, ""))[0] >= outcome.step,
             _REPORTS_DEADLINE_S,
-        )
-        return "stopped" if outcome.interrupted else "finished"
+        ):
+            raise StorageError(
+                f"the checkpoint of step {outcome.step} was not complete after "
+                f"{_REPORTS_DEADLINE_S:g} s; the newest complete one: {self._saved}"
+            )
+        return "finished" if outcome.step >= self._job.training.steps else "stopped"
 
     def _first_start(self) -> Start | None:
         location = self._mission.resume
@@ -242,7 +251,7 @@ class _Coordinator:
 
     def _train_generation(self, number: int, start: Start | None) -> Outcome:
         self._store.clean()
-        plan, crew = self._plan_and_staff()
+        plan, crew = self._plan_and_staff(after_loss=number > 1)
         try:
             collector = CheckpointCollector(
                 self._store,
@@ -265,13 +274,14 @@ class _Coordinator:
         finally:
             crew.dismiss()
 
-    def _plan_and_staff(self) -> tuple[Plan, Crew]:
+    def _plan_and_staff(self, after_loss: bool) -> tuple[Plan, Crew]:
         """Plan on what is known, start workers, let them measure, and plan again."""
         mission, job = self._mission, self._job
         links = load_topology(Path(job.scaling.topology)) if job.scaling.topology else None
         fixed = _fixed_workers(job)
         wanted = fixed or job.scaling.max_devices
-        devices = wait_for_devices(job.scaling, max(fixed or 1, job.scaling.min_devices), wanted)
+        needed = max(fixed or 1, job.scaling.min_devices)
+        devices = wait_for_devices(job.scaling, needed, wanted, after_loss, self._watch_for_stop)
         first = make_plan(_topology(devices, links), job, mission.vocab_size)
         # After the plan: a model that fits no memory should not be called too large for the disk.
         check_space(mission.dims, job.checkpoint.keep, self._store)
@@ -357,6 +367,12 @@ class _Coordinator:
         self._recorder.event(
             "generation", generation=generation.number, transport=transport, workers=workers
         )
+
+    def _watch_for_stop(self) -> None:
+        """Called while the run waits for devices: there is nothing to save yet."""
+        self._watch()
+        if self._stop_reason is not None:
+            raise _StoppedError
 
     def _watch(self) -> None:
         """Called while the workers run: what else can end the run?"""

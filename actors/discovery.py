@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,9 @@ __all__ = ["Node", "devices_on", "matches", "wait_for_devices"]
 _REGION_LABELS = ("ray.io/availability-region", "ray.io/region")
 _ZONE_LABELS = ("ray.io/availability-zone", "ray.io/zone")
 _MARKET_LABEL = "ray.io/market-type"
+_FREEING_S = 30.0
+_SETTLED_S = 1.5
+_POLL_S = 0.25
 _UNKNOWN_GPU_MEMORY_BYTES = 2**50  # until its worker has measured it
 
 
@@ -117,25 +120,42 @@ def devices_on(node: Node, scaling: ScalingSpec, wanted: int | None) -> list[Dev
     ]
 
 
-def wait_for_devices(scaling: ScalingSpec, needed: int, wanted: int | None) -> list[Device]:
+def wait_for_devices(
+    scaling: ScalingSpec,
+    needed: int,
+    wanted: int | None,
+    after_loss: bool = False,
+    watch: Callable[[], None] = lambda: None,
+) -> list[Device]:
     """All free devices, once there are ``needed``; asks the autoscaler for what is missing.
+
+    Args:
+        wanted: as :func:`devices_on`.
+        after_loss: a crew was just dismissed: Ray takes a moment to free what its workers had.
+        watch: called while waiting; what it raises ends the wait.
 
     Raises:
         ClusterError: they did not come within ``scaling.wait_s``.
     """
-    deadline, asked = time.monotonic() + scaling.wait_s, False
+    patience_s = max(scaling.wait_s, _FREEING_S if after_loss else 0.0)
+    deadline, asked = time.monotonic() + patience_s, False
+    count, since = -1, 0.0
     while True:
         nodes = live_nodes()
         fitting = [n for n in nodes if matches(n.labels, scaling.label_selector)]
         devices = [d for n in fitting for d in devices_on(n, scaling, wanted)]
-        if len(devices) >= needed:
+        if len(devices) != count:
+            count, since = len(devices), time.monotonic()
+        settled = not after_loss or time.monotonic() - since > _SETTLED_S
+        if len(devices) >= needed and (settled or count == wanted):
             return devices
         if time.monotonic() >= deadline:
             raise ClusterError(_shortage(scaling, needed, nodes, fitting, devices))
-        if not asked:
+        if not asked and len(devices) < needed:
             _ask_autoscaler(scaling, needed)
             asked = True
-        time.sleep(0.5)
+        watch()
+        time.sleep(_POLL_S)
 
 
 def _ask_autoscaler(scaling: ScalingSpec, needed: int) -> None:

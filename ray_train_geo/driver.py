@@ -47,7 +47,7 @@ _HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 
 
 class Callback(Protocol):
-    """Who wants to know how a run goes; each method may be left out by subclassing nothing.
+    """Who wants to know how a run goes.  Subclasses may leave methods out.
 
     ``record`` and ``event`` are what ``metrics.jsonl`` and ``events.jsonl`` hold.
     """
@@ -290,12 +290,12 @@ def _follow(coordinator: Any, callbacks: Sequence[Callback], signals: list[str])
             with contextlib.suppress(GetTimeoutError):
                 ray.get(running, timeout=0)
             raise RunError(f"the coordinator was lost: {str(e).splitlines()[0]}") from None
-        for record in progress.records:
+        for news in sorted([*progress.records, *progress.events], key=lambda n: n["time"]):
             for callback in callbacks:
-                callback.on_step(record)
-        for event in progress.events:
-            for callback in callbacks:
-                callback.on_event(event)
+                if "event" in news:
+                    callback.on_event(news)
+                else:
+                    callback.on_step(news)
         if progress.summary is not None:
             return progress.summary
         time.sleep(_POLL_S)

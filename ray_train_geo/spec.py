@@ -22,6 +22,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -82,10 +83,14 @@ class ModelSpec(_Section):
         "multiple of 32 (llama).",
     )
     vocab_size: int | None = Field(
-        None, ge=2, description="Vocabulary size in tokens. Default: the tokenizer's."
+        None,
+        ge=2,
+        description="Vocabulary size in tokens. Default: the catalog's, or the tokenizer's.",
     )
     tied_embeddings: bool | None = Field(
-        None, description="Token embedding and output head share one matrix. Default: true."
+        None,
+        description="Token embedding and output head share one matrix. Default: the catalog's, "
+        "or true.",
     )
     dropout: float | None = Field(
         None,
@@ -94,8 +99,12 @@ class ModelSpec(_Section):
         description="Dropout probability on the embedding and on both residual branches. "
         "Default: 0.",
     )
-    norm_eps: float | None = Field(None, gt=0, description="Epsilon of the norms. Default: 1e-5.")
-    rope_theta: float | None = Field(None, gt=0, description="RoPE base (llama). Default: 10000.")
+    norm_eps: float | None = Field(
+        None, gt=0, description="Epsilon of the norms. Default: the catalog's, or 1e-5."
+    )
+    rope_theta: float | None = Field(
+        None, gt=0, description="RoPE base (llama). Default: the catalog's, or 10000."
+    )
     init_std: float | None = Field(
         None, gt=0, description="Standard deviation of the initial weights. Default: 0.02."
     )
@@ -263,22 +272,65 @@ class TrainingSpec(_Section):
         return self.global_batch * self.seq_len
 
 
-_AutoInt = Annotated[int | None, BeforeValidator(_none_if_auto)]
+_AutoInt = Annotated[
+    int | None,
+    BeforeValidator(_none_if_auto),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 0}, {"const": "auto"}, {"type": "null"}]}
+    ),
+]
+_AutoCounts = Annotated[
+    list[int] | None,
+    BeforeValidator(_none_if_auto),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "array", "items": {"type": "integer", "minimum": 1}},
+                {"const": "auto"},
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+_BOUNDARIES: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_AutoBoundaries = Annotated[
+    list[list[int]] | None,
+    BeforeValidator(_none_if_auto),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "array", "items": _BOUNDARIES},
+                _BOUNDARIES,
+                {"const": "auto"},
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+
+
+def _or_auto(schema: dict[str, Any]) -> None:
+    """In the JSON schema, a whole section may be the word ``auto``."""
+    section = dict(schema)
+    schema.clear()
+    schema["anyOf"] = [section, {"const": "auto"}]
 
 
 class ParallelismSpec(_Section):
     """Who computes what. `auto` (the default for each field) leaves it to the planner."""
 
+    model_config = ConfigDict(json_schema_extra=_or_auto)
+
     pipelines: _AutoInt = Field(
         None, ge=1, description="Number of pipelines (data-parallel replicas), or auto."
     )
     stages: _AutoInt = Field(None, ge=1, description="Stages of each pipeline, or auto.")
-    layers: Annotated[list[list[int]] | None, BeforeValidator(_none_if_auto)] = Field(
+    layers: _AutoBoundaries = Field(
         None,
         description="Stage boundaries per pipeline: [0, 3, 8] is two stages, of layers 0-2 and "
         "3-7; the outer ends may be left out ([3]). One list serves all pipelines.",
     )
-    microbatches: Annotated[list[int] | None, BeforeValidator(_none_if_auto)] = Field(
+    microbatches: _AutoCounts = Field(
         None,
         description="Microbatches of each pipeline per step; they must add up to "
         "global_batch / microbatch.",
@@ -395,8 +447,8 @@ class FailureSpec(_Section):
     deadline_s: float | None = Field(
         None,
         gt=0,
-        description="Longest wait for a message, in seconds. Default: derived from the measured "
-        "step time and link latency.",
+        description="Longest wait for a message, in seconds. Default: a minute and ten predicted "
+        "steps.",
     )
 
 

@@ -89,7 +89,8 @@ def _sections(
 
 
 def _table(model: type[BaseModel]) -> str:
-    properties = model.model_json_schema()["properties"]
+    schema = model.model_json_schema()
+    properties = (schema.get("anyOf", [schema])[0])["properties"]  # a section may also be `auto`
     lines = ["| field | type | default | description |", "| --- | --- | --- | --- |"]
     for name, field in model.model_fields.items():
         description, _, otherwise = (field.description or "").partition(" Default: ")

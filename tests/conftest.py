@@ -1,4 +1,4 @@
-"""What all tests share: one thread for each process's arithmetic, and a token cache of their own."""
+"""What all tests share: one thread for a process's arithmetic, and a token cache of their own."""
 
 from __future__ import annotations
 
@@ -14,3 +14,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 def _token_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["RAY_TRAIN_GEO_CACHE"] = str(tmp_path_factory.mktemp("cache") / "tokens")
     Path(os.environ["RAY_TRAIN_GEO_CACHE"]).mkdir()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """``pytest -m gpu`` imports no file without a GPU test: a GPU machine may lack Ray."""
+    if config.getoption("markexpr") != "gpu" or not collection_path.name.startswith("test_"):
+        return None
+    return None if "mark.gpu" in collection_path.read_text() else True

@@ -16,6 +16,8 @@ __all__ = ["plan_picture"]
 
 _REGIONS = (BLUE, ORANGE, "#2a9d8f", "#7a5bb5", "#c2528b", "#6f8f1f", "#b08d18", "#5c7a99")
 
+_BAR = 0.45  # length of the memory bar; its text stands right of it
+
 
 def plan_picture(plan: Mapping[str, Any]) -> Figure:
     """A plan (``Plan.to_json()``): a row per pipeline, a box per stage, coloured by region.
@@ -111,11 +113,11 @@ def _stage_box(
         )
     need, have = stage.get("memory_bytes") or 0, device.get("memory_bytes") or 0
     if need and have:
-        axes.add_patch(Rectangle((x + 0.09, y + 0.88), 0.62, 0.07, facecolor=GRID))
-        fill = 0.62 * min(need / have, 1.0)
+        axes.add_patch(Rectangle((x + 0.09, y + 0.88), _BAR, 0.07, facecolor=GRID))
+        fill = _BAR * min(need / have, 1.0)
         axes.add_patch(Rectangle((x + 0.09, y + 0.88), fill, 0.07, facecolor=colour))
         text = f"{_size(need)} of {_size(have)}"
-        _say(axes, x + 0.78, y + 0.915, text, size=7, colour=MUTED)
+        _say(axes, x + w - 0.09, y + 0.915, text, size=7, colour=MUTED, ha="right")
 
 
 def _say(axes: Axes, x: float, y: float, text: str, size: float, colour: str = INK,

@@ -5,10 +5,22 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from ray_runs import VOCAB, events, lines, steps, train, training, wait_until, write_job
+from ray_runs import (
+    VOCAB,
+    environment,
+    events,
+    lines,
+    steps,
+    train,
+    training,
+    wait_until,
+    write_job,
+)
 
 from ray_train_geo.spec import load_job
 from ray_train_geo.training.reference import run_reference
@@ -118,3 +130,44 @@ def test_a_diverged_run_is_one_clear_error(tmp_path: Path) -> None:
     assert "Traceback" not in done.stdout + done.stderr
     assert events(tmp_path, "error")[0]["kind"] == "DivergedError"
     assert events(tmp_path, "finish")[0]["phase"] == "failed"
+
+
+BROKEN = """
+import sys
+import ray
+from ray_train_geo import GeoError, GeoTrainer
+
+def break_step_3():
+    from ray_train_geo.training.executor import StageExecutor
+    run = StageExecutor.run
+    def broken(self, step, *rest):
+        if step == 3:
+            raise ValueError("a bug of step 3")
+        return run(self, step, *rest)
+    StageExecutor.run = broken
+
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
+         runtime_env={"worker_process_setup_hook": break_step_3})
+try:
+    GeoTrainer(sys.argv[1], overrides=["run.storage_path=" + sys.argv[2]]).fit()
+except GeoError as e:
+    print(type(e).__name__, e)
+"""
+
+
+def test_a_workers_exception_is_one_error_with_its_traceback_in_a_file(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BROKEN, str(write_job(tmp_path)), str(tmp_path)],
+        env=environment(RAY_IGNORE_UNHANDLED_ERRORS="1"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    kind, _, message = done.stdout.strip().partition(" ")
+    assert kind == "WorkerError", done.stdout + done.stderr
+    assert "ValueError: a bug of step 3" in message
+    path = message.partition("full traceback: ")[2].rstrip(")")
+    assert 'raise ValueError("a bug of step 3")' in Path(path).read_text()
+    assert Path(path).parent == tmp_path / "tiny/errors"
+    assert steps(tmp_path) == [1, 2], "what was committed stays"
+    assert events(tmp_path, "failure") == [], "an error of the job's own is not tried again"
