@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +12,8 @@ from ray_train_geo.errors import GeoError, StorageError
 from ray_train_geo.observe.run_directory import RunDirectory
 
 __all__ = ["Recorder"]
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # Ray colours its tracebacks for terminals
 
 
 class Recorder:
@@ -77,6 +80,6 @@ class Recorder:
         """Keep a traceback in a file of its own; returns the path, or why there is none."""
         head = "".join(f"{k}: {v}\n" for k, v in fields.items())
         try:
-            return str(self.run.write_error(name, f"{head}\n{text}"))
+            return str(self.run.write_error(name, f"{head}\n{_COLOUR.sub('', text)}"))
         except StorageError as e:
             return f"not written ({e})"

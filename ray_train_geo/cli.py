@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -104,7 +105,12 @@ def train(
         mission = prepare(job, resume_from or resume, stop_after)
         console = Console(stderr=as_json)
         console.print(f"run directory: {job.run.directory}", soft_wrap=True, highlight=False)
-        with connected(job, address), ConsoleProgress(console, mission.last_step) as progress:
+        with (
+            # What Ray prints of its own accord must not get into a program's JSON.
+            contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout),
+            connected(job, address),
+            ConsoleProgress(console, mission.last_step) as progress,
+        ):
             summary = follow(mission, [progress])
         result = {
             "phase": summary.phase,

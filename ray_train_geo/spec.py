@@ -272,40 +272,24 @@ class TrainingSpec(_Section):
         return self.global_batch * self.seq_len
 
 
+_AUTO: list[Any] = [{"const": "auto"}, {"type": "null"}]
 _AutoInt = Annotated[
     int | None,
     BeforeValidator(_none_if_auto),
-    WithJsonSchema(
-        {"anyOf": [{"type": "integer", "minimum": 0}, {"const": "auto"}, {"type": "null"}]}
-    ),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, *_AUTO]}),
 ]
 _AutoCounts = Annotated[
     list[int] | None,
     BeforeValidator(_none_if_auto),
     WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "array", "items": {"type": "integer", "minimum": 1}},
-                {"const": "auto"},
-                {"type": "null"},
-            ]
-        }
+        {"anyOf": [{"type": "array", "items": {"type": "integer", "minimum": 1}}, *_AUTO]}
     ),
 ]
 _BOUNDARIES: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 _AutoBoundaries = Annotated[
     list[list[int]] | None,
     BeforeValidator(_none_if_auto),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "array", "items": _BOUNDARIES},
-                _BOUNDARIES,
-                {"const": "auto"},
-                {"type": "null"},
-            ]
-        }
-    ),
+    WithJsonSchema({"anyOf": [{"type": "array", "items": _BOUNDARIES}, _BOUNDARIES, *_AUTO]}),
 ]
 
 
