@@ -600,7 +600,10 @@ def parse_job(raw: Any, overrides: Sequence[str] = (), source: str = "job") -> J
     """
     if not isinstance(raw, dict):
         raise SpecError(f"{source}: a job spec is a mapping with model, data and training")
-    raw = json.loads(json.dumps(raw, default=str))
+    try:
+        raw = json.loads(json.dumps(raw, default=str))  # a copy, in plain types
+    except (ValueError, TypeError, RecursionError) as e:
+        raise SpecError(f"{source}: a job spec is plain data: {e}") from None
     for text in overrides:
         _apply_override(raw, text)
     try:

@@ -8,11 +8,13 @@ waited for at the end of the step.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 
+from ray_train_geo.errors import DeadlineError
 from ray_train_geo.model.dropout import dropout_key
 from ray_train_geo.model.stage import StageModule, next_token_loss
 from ray_train_geo.observe.trace import Tracer
@@ -20,6 +22,8 @@ from ray_train_geo.schedule.actions import Action
 from ray_train_geo.training.channel import Receiver, Sender
 
 __all__ = ["Batches", "Edges", "StageExecutor"]
+
+_POLL_S = 1e-4
 
 
 class Batches(Protocol):
@@ -127,9 +131,24 @@ class StageExecutor:
                 loss = next_token_loss(output, targets)
                 losses.append(loss.detach())
                 output = loss * (loss_scale / targets.numel())
+            self._settle(output, deadline_s)
         if edges.activation_out is not None:
             edges.activation_out.send(output.detach(), name, index, deadline_s)
         return _Held(inputs, output)
+
+    def _settle(self, computed: torch.Tensor, deadline_s: float) -> None:
+        """In a traced step on a GPU, wait until it is done: a span is to show work, not a launch.
+
+        The wait polls, as what is computed may wait for a peer's message.
+        """
+        if not self._tracer.enabled or not computed.is_cuda:
+            return
+        done, until = torch.cuda.Event(), time.monotonic() + deadline_s
+        done.record()
+        while not done.query():
+            if time.monotonic() > until:
+                raise DeadlineError(f"a stage's computation took longer than {deadline_s:.1f} s")
+            time.sleep(_POLL_S)
 
     def _backward(self, step: int, index: int, held: _Held, deadline_s: float) -> None:
         edges, name, gradient = self._edges, f"B{index}", None
@@ -137,6 +156,7 @@ class StageExecutor:
             gradient = edges.gradient_in.receive(name, index, deadline_s)
         with self._tracer.span("backward", name, step, index):
             torch.autograd.backward(held.output, gradient)
+            self._settle(held.output, deadline_s)
         if edges.gradient_out is not None:
             assert held.input.grad is not None
             edges.gradient_out.send(held.input.grad, name, index, deadline_s)

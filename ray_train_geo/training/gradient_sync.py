@@ -35,7 +35,7 @@ class GradientSync:
 
     Args:
         buckets: what is summed together, in the order in which it must start.
-        buffers: the flat fp32 gradients of each bucket, summed in place.
+        buffers: the flat fp32 gradients of the buckets that others hold too, summed in place.
         transports: the group of each set of holders with more than one rank.
         deadline_s: longest wait for one bucket, in seconds.
     """
@@ -43,7 +43,7 @@ class GradientSync:
     def __init__(
         self,
         buckets: Sequence[Bucket],
-        buffers: Sequence[torch.Tensor],
+        buffers: Mapping[int, torch.Tensor],
         transports: Mapping[tuple[int, ...], Transport],
         mode: GradientSyncName,
         tracer: Tracer,

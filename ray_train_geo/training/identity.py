@@ -14,8 +14,9 @@ __all__ = ["check_identity", "check_model", "identity"]
 
 
 def identity(job: JobSpec, dims: ModelDims, data_fingerprint: str) -> dict[str, Any]:
-    """Everything that fixes what is computed, as plain JSON."""
+    """Everything that fixes what is computed, as plain JSON; precision may change on a resume."""
     return {
+        "precision": job.training.precision,
         "model": dataclasses.asdict(dims),
         "data": data_fingerprint,
         "seed": job.training.seed,

@@ -255,7 +255,7 @@ class StageRuntime:
             return
         manifest = start.manifest
         self._state.load(host, manifest.updates)
-        if self.assignment.job.training.precision == "fp16" and manifest.loss_scale != 1:
+        if self.assignment.job.training.precision == manifest.identity["precision"]:
             self._scale = LossScale(manifest.loss_scale, manifest.good_steps)
         self.step = self._saved_step = manifest.step
 

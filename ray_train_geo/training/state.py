@@ -4,12 +4,14 @@
     bf16    module weights (2 B) ◀─copy─ master weights (fp32);  backward's 2-byte gradients
     fp16    are added into the flat fp32 buffers and dropped, weight by weight
 
-The flat buffers, one a bucket, are what gradient sync sends and what the norm is taken of.
+The flat buffers, one a bucket, are what gradient sync sends.  A bucket that no other rank holds
+needs none in fp32: its gradients are left to autograd, which saves clearing and one addition.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -48,16 +50,25 @@ class StageState:
             self.weights = {n: p.detach().clone() for n, p in parameters.items()}
             module.to(dtype)
         self._parameters = parameters
-        self.buffers: list[torch.Tensor] = []
-        self._gradients: dict[str, torch.Tensor] = {}
-        for bucket in buckets:
-            sizes = [self.weights[name].numel() for name in bucket.names]
-            buffer = torch.zeros(sum(sizes), device=self.weights[bucket.names[0]].device)
-            self.buffers.append(buffer)
-            for name, part in zip(bucket.names, buffer.split(sizes), strict=True):
-                weight = self.weights[name]
-                self._gradients[name] = weight.grad = part.view_as(weight)
+        self.buffers: dict[int, torch.Tensor] = {}
+        for index, bucket in enumerate(buckets):
+            if self._low_precision or len(bucket.holders) > 1:
+                self.buffers[index] = self._flat_gradients(bucket)
         self.optimizer = build_optimizer(self.weights, training)
+
+    def _flat_gradients(self, bucket: Bucket) -> torch.Tensor:
+        sizes = [self.weights[name].numel() for name in bucket.names]
+        buffer = torch.zeros(sum(sizes), device=self.weights[bucket.names[0]].device)
+        for name, part in zip(bucket.names, buffer.split(sizes), strict=True):
+            self.weights[name].grad = part.view_as(self.weights[name])
+        return buffer
+
+    def gradients(self, bucket: int) -> list[torch.Tensor]:
+        """The fp32 gradients of a bucket: its flat buffer, or each weight's."""
+        if bucket in self.buffers:
+            return [self.buffers[bucket]]
+        grads = (self.weights[name].grad for name in self.buckets[bucket].names)
+        return [g for g in grads if g is not None]
 
     def on_gradient(self, arrived: Callable[[str], None]) -> None:
         """Call ``arrived(name)`` whenever backward has added a gradient to its buffer."""
@@ -65,13 +76,15 @@ class StageState:
             parameter.register_post_accumulate_grad_hook(self._hook(name, arrived))
 
     def _hook(self, name: str, arrived: Callable[[str], None]) -> Callable[[torch.Tensor], None]:
-        gradient, low_precision = self._gradients[name], self._low_precision
+        if not self._low_precision:
+            return lambda parameter: arrived(name)
+        gradient = self.weights[name].grad
+        assert gradient is not None
 
         def hook(parameter: torch.Tensor) -> None:
-            if low_precision:
-                assert parameter.grad is not None
-                gradient.add_(parameter.grad)
-                parameter.grad = None
+            assert parameter.grad is not None
+            gradient.add_(parameter.grad)
+            parameter.grad = None
             arrived(name)
 
         return hook
@@ -79,24 +92,35 @@ class StageState:
     def squared_norm(self, rank: int) -> float:
         """Sum of squares of the gradients that ``rank`` answers for: each counts once globally."""
         mine = [
-            torch.linalg.vector_norm(buffer, dtype=torch.float64)
-            for bucket, buffer in zip(self.buckets, self.buffers, strict=True)
+            gradient
+            for index, bucket in enumerate(self.buckets)
             if bucket.holders[0] == rank
+            for gradient in self.gradients(index)
         ]
-        return float(torch.stack(mine).square().sum()) if mine else 0.0
+        if not mine:
+            return 0.0
+        return float(torch.stack(torch._foreach_norm(mine)).double().square().sum())
 
     @torch.no_grad()
     def apply(self, learning_rate: float, factor: float) -> None:
         """One AdamW update with the gradients times ``factor``."""
-        if factor != 1.0:
-            torch._foreach_mul_(self.buffers, factor)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.optimizer.step()
+        # The fused kernel divides by this as it reads the gradients: no pass of their own.
+        device = self.optimizer.param_groups[0]["params"][0].device
+        scale = torch.tensor(1.0 / factor, dtype=torch.float32, device=device)
+        optimizer: Any = self.optimizer  # torch's stubs lack what its GradScaler sets
+        optimizer.grad_scale = scale
+        optimizer.step()
         self._refresh()
 
     def clear_gradients(self) -> None:
-        torch._foreach_zero_(self.buffers)
+        for index, bucket in enumerate(self.buckets):
+            if index in self.buffers:
+                self.buffers[index].zero_()
+            else:
+                for name in bucket.names:
+                    self.weights[name].grad = None
 
     def _refresh(self) -> None:
         """Bring the module's low-precision weights up to the master weights."""
