@@ -25,7 +25,7 @@ __all__ = ["Crew", "LostWorkerError"]
 
 _HELLO_DEADLINE_S = 180.0
 _PING_DEADLINE_S = 60.0
-_POLL_S = 0.2
+_POLL_S = 0.5
 _WITNESS_S = 3.0
 _TRACE_DEADLINE_S = 30.0
 

@@ -38,7 +38,7 @@ from ray_train_geo.training.mission import (
 __all__ = ["Callback", "connected", "follow", "prepare"]
 
 _NAMESPACE = "ray_train_geo"
-_POLL_S = 0.2
+_POLL_S = 0.5
 _ANSWER_S = 60.0
 _OBJECT_STORE_BYTES = 200 * 2**20
 _MOST_LOCAL_WORKERS = 16

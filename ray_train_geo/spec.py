@@ -588,8 +588,16 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
     except OSError as e:
         raise SpecError(f"can't read the job spec {path}: {e.strerror or e}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise SpecError(f"{path} is not valid YAML: {e}") from None
+        raise SpecError(f"{path} is not valid YAML: {_yaml_problem(e)}") from None
     return parse_job(raw, overrides, source=str(path))
+
+
+def _yaml_problem(error: Exception) -> str:
+    """What is wrong and where, in one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return str(error).splitlines()[0]
 
 
 def parse_job(raw: Any, overrides: Sequence[str] = (), source: str = "job") -> JobSpec:

@@ -262,7 +262,7 @@ def test_import_then_export_gives_the_same_model(tmp_path: Path, family: str) ->
     assert job.model.init_from is not None
     # What a worker would compute from it.
     dims = job.dims()
-    stage = build_stage(dims, 0, dims.layers, seed=0)
+    stage = build_stage(dims, 0, dims.layers, seed=0).eval()
     state = {f"model.{n}": p.data for n, p in stage.named_parameters()}
     read_tensors(job.model.init_from, read_manifest(job.model.init_from), state)
     expected = logits_of(theirs)

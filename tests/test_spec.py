@@ -274,7 +274,7 @@ def test_what_is_no_mapping(content: Any) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"model: [1, 2", "is not valid YAML"),
+        (b"a: 1\nmodel: [1, 2", "is not valid YAML: line 2, column 13: expected ',' or ']'"),
         (b"\xff\xfe\x00", "is not valid YAML"),
         (b"", "a job spec is a mapping"),
         (b"!!python/object:os.system {}", "is not valid YAML"),
@@ -288,6 +288,7 @@ def test_a_file_that_is_no_job(tmp_path: Path, content: bytes, says: str) -> Non
     with pytest.raises(SpecError, match=says) as error:
         load_job(path)
     assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
