@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import statistics
 import threading
 import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -24,18 +22,16 @@ from ray.util import get_node_ip_address
 from torch.distributed import TCPStore
 
 from ray_train_geo.actors.crew import Crew, LostWorkerError
-from ray_train_geo.actors.discovery import wait_for_devices
 from ray_train_geo.actors.recorder import Recorder
-from ray_train_geo.cluster.topology import Device, Topology
-from ray_train_geo.cluster.topology_file import load_topology
+from ray_train_geo.actors.staffing import staff
 from ray_train_geo.errors import GeoError, RunError, StorageError
 from ray_train_geo.observe.record import metrics_record
 from ray_train_geo.observe.report import write_report
 from ray_train_geo.observe.run_directory import RunDirectory
 from ray_train_geo.observe.trace import Span, chrome_trace, worker_name
 from ray_train_geo.planning.plan import Plan
-from ray_train_geo.planning.planner import plan as make_plan
 from ray_train_geo.spec import JobSpec
+from ray_train_geo.training.assignment import Assignment, Outcome, Start, StepRecord
 from ray_train_geo.training.checkpoint import CheckpointPart, CheckpointStore, read_manifest
 from ray_train_geo.training.collector import CheckpointCollector
 from ray_train_geo.training.identity import check_identity, check_model, identity
@@ -44,10 +40,8 @@ from ray_train_geo.training.mission import (
     Phase,
     Progress,
     Summary,
-    check_space,
     checkpoint_root,
 )
-from ray_train_geo.training.runtime import Assignment, Outcome, Start, StepRecord
 
 __all__ = ["Coordinator"]
 
@@ -251,7 +245,14 @@ class _Coordinator:
 
     def _train_generation(self, number: int, start: Start | None) -> Outcome:
         self._store.clean()
-        plan, crew = self._plan_and_staff(after_loss=number > 1)
+        plan, crew = staff(
+            self._mission,
+            self._store,
+            self._recorder,
+            self._handle,
+            after_loss=number > 1,
+            watch=self._watch_for_stop,
+        )
         try:
             collector = CheckpointCollector(
                 self._store,
@@ -273,60 +274,6 @@ class _Coordinator:
                 self._collect_traces(generation)
         finally:
             crew.dismiss()
-
-    def _plan_and_staff(self, after_loss: bool) -> tuple[Plan, Crew]:
-        """Plan on what is known, start workers, let them measure, and plan again."""
-        mission, job = self._mission, self._job
-        links = load_topology(Path(job.scaling.topology)) if job.scaling.topology else None
-        fixed = _fixed_workers(job)
-        wanted = fixed or job.scaling.max_devices
-        needed = max(fixed or 1, job.scaling.min_devices)
-        devices = wait_for_devices(job.scaling, needed, wanted, after_loss, self._watch_for_stop)
-        first = make_plan(_topology(devices, links), job, mission.vocab_size)
-        # After the plan: a model that fits no memory should not be called too large for the disk.
-        check_space(mission.dims, job.checkpoint.keep, self._store)
-        used = {s.device for p in first.pipelines for s in p.stages}
-        # Where the plan is open, all devices are measured before it is made.
-        chosen = [d for d in devices if fixed is None or d.id in used][:wanted]
-        crew = Crew(chosen, job, self._handle, self._recorder)
-        try:
-            topology = _topology(self._measure(crew), links)
-            if links is None:
-                topology = dataclasses.replace(topology, node_links=crew.links())
-            began = time.perf_counter()
-            plan = make_plan(topology, job, mission.vocab_size)
-            plan = dataclasses.replace(plan, search_s=time.perf_counter() - began)
-            crew.assign(plan)
-        except BaseException:
-            crew.dismiss()
-            raise
-        self._recorder.run.write_json("plan.json", plan.to_json())
-        self._recorder.event("topology", links=_links_json(topology))
-        self._recorder.event("plan", predicted_step_s=plan.predicted_step_s, notes=list(plan.notes))
-        return plan, crew
-
-    def _measure(self, crew: Crew) -> list[Device]:
-        """The crew's devices with their measured speed and memory; all share the storage."""
-        probe = self._store.probe()
-        infos = crew.hello(self._mission.dims, self._store.root, probe)
-        self._store.remove_probe(probe)
-        blind = sorted({i.host for i in infos.values() if not i.sees_storage})
-        if blind:
-            raise StorageError(
-                f"checkpoint storage {self._store.root} is not shared with {', '.join(blind)}; set "
-                "checkpoint.storage_path to a shared folder or an fsspec URL"
-            )
-        share = self._job.scaling.resources_per_worker.get("GPU", 0.0) or 1.0
-        given = self._job.scaling.memory_per_worker_bytes
-        measured = []
-        for device in crew.devices:
-            info, memory = infos[device.id], device.memory_bytes
-            if info.memory_bytes is not None and given is None:
-                memory = int(info.memory_bytes * min(1.0, share))
-            measured.append(
-                dataclasses.replace(device, flops_per_s=info.flops_per_s, memory_bytes=memory)
-            )
-        return _level(measured)
 
     def _build(self, generation: _Generation, start: Start | None) -> None:
         mission, plan, crew = self._mission, generation.plan, generation.crew
@@ -452,53 +399,6 @@ class Coordinator:
     @ray.method(concurrency_group="reports")
     def part_failed(self, generation: int, step: int, rank: int, error: StorageError) -> None:
         self._coordinator.part_failed(generation, step, rank, error)
-
-
-def _fixed_workers(job: JobSpec) -> int | None:
-    """How many workers the spec fixes, if it does."""
-    pipelines, boundaries = job.fixed_pipelines(), job.stage_boundaries()
-    if boundaries is not None:
-        if len(boundaries) > 1:
-            return sum(len(b) - 1 for b in boundaries)
-        return (len(boundaries[0]) - 1) * pipelines if pipelines is not None else None
-    if pipelines is not None and job.parallelism.stages is not None:
-        return pipelines * job.parallelism.stages
-    return None
-
-
-def _topology(devices: list[Device], links: Topology | None) -> Topology:
-    if links is None:
-        return Topology(tuple(devices))
-    return Topology(tuple(devices), links.node_links, links.region_links)
-
-
-def _level(devices: list[Device]) -> list[Device]:
-    """Devices of one type on one node are equally fast.
-
-    They were measured side by side, and what differs is who got the processor when: a plan must not
-    be fitted to that.
-    """
-    speeds: dict[tuple[str, str], list[float]] = {}
-    for device in devices:
-        speeds.setdefault((device.node, device.type), []).append(device.flops_per_s)
-    return [
-        dataclasses.replace(d, flops_per_s=statistics.median(speeds[d.node, d.type]))
-        for d in devices
-    ]
-
-
-def _links_json(topology: Topology) -> list[dict[str, Any]]:
-    """The links that were measured, or read from a file."""
-    links = {**topology.region_links, **topology.node_links}
-    return [
-        {
-            "from": source,
-            "to": target,
-            "latency_s": link.latency_s,
-            "bandwidth_bytes_per_s": link.bandwidth_bytes_per_s,
-        }
-        for (source, target), link in links.items()
-    ]
 
 
 def _deadline_s(job: JobSpec, plan: Plan) -> float:

@@ -19,7 +19,7 @@ from ray_train_geo.model.catalog import ModelDims
 from ray_train_geo.observe.trace import Span
 from ray_train_geo.planning.plan import Plan
 from ray_train_geo.spec import JobSpec
-from ray_train_geo.training.runtime import Assignment, Outcome
+from ray_train_geo.training.assignment import Assignment, Outcome
 
 __all__ = ["Crew", "LostWorkerError"]
 

@@ -18,9 +18,10 @@ from ray_train_geo.errors import StorageError
 from ray_train_geo.model.catalog import ModelDims
 from ray_train_geo.observe.trace import Span
 from ray_train_geo.spec import TrainingSpec
+from ray_train_geo.training.assignment import Assignment, Outcome, StepRecord
 from ray_train_geo.training.checkpoint import CheckpointPart, CheckpointStore
 from ray_train_geo.training.measure import device_memory_bytes, sustained_flops_per_s
-from ray_train_geo.training.runtime import Assignment, Outcome, StageRuntime, StepRecord
+from ray_train_geo.training.runtime import StageRuntime
 from ray_train_geo.transport.nccl import nccl_available
 from ray_train_geo.transport.ping import PingServer, round_trip_s
 

@@ -10,7 +10,6 @@ import hashlib
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -347,45 +346,49 @@ def cluster(place: Workplace) -> Iterator[str]:
         yield ray.get_runtime_context().gcs_address
 
 
-@pytest.mark.ray
-@pytest.mark.parametrize(
-    ("overrides", "says"),
-    [
-        pytest.param(
-            [
-                "parallelism=auto",
-                "scaling.min_devices=1000",
-            ],
-            r"no free devices: the job needs 1000",
-            id="too few devices",
-        ),
-        pytest.param(
-            ["scaling.resources_per_worker={weird: 1}"],
-            r"no free devices: the job needs 2 \(of 1 weird each\), Ray has 0",
-            id="unknown resource",
-        ),
-        pytest.param(
-            ["scaling.label_selector={ray.io/market-type: spot}"],
-            r"1 nodes? lacks? the labels",
-            id="no such labels",
-        ),
-        pytest.param(
-            [
-                "model.name=gpt3-13b",
-                "model.layers=null",
-                "model.dim=null",
-                "model.heads=null",
-                "scaling.memory_per_worker_bytes=1000000",
-            ],
-            r"memory",
-            id="model too large",
-        ),
-    ],
-)
-def test_no_devices_for_it(place: Workplace, cluster: str, overrides: list[str], says: str) -> None:
+NO_DEVICES = {
+    "too few devices": (
+        ["parallelism=auto", "scaling.min_devices=1000"],
+        r"no free devices: the job needs 1000",
+    ),
+    "unknown resource": (
+        ["scaling.resources_per_worker={weird: 1}"],
+        r"no free devices: the job needs 2 \(of 1 weird each\), Ray has 0",
+    ),
+    "no such labels": (
+        ["scaling.label_selector={ray.io/market-type: spot}"],
+        r"1 nodes? lacks? the labels",
+    ),
+    "model too large": (
+        [
+            "model={name: gpt3-13b}",
+            "scaling.memory_per_worker_bytes=1000000",
+        ],
+        r"memory",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def on_the_cluster(place: Workplace, cluster: str) -> Iterator[dict[str, Future[Ended]]]:
     before = contents(place.run)
-    place.train(*overrides, "run.name=no-devices", more=["--address", cluster]).refuses(says)
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            name: pool.submit(
+                place.train,
+                *overrides,
+                f"run.name={name.replace(' ', '-')}",
+                more=["--address", cluster],
+            )
+            for name, (overrides, _) in NO_DEVICES.items()
+        }
     assert contents(place.run) == before
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("name", NO_DEVICES)
+def test_no_devices_for_it(on_the_cluster: dict[str, Future[Ended]], name: str) -> None:
+    on_the_cluster[name].result().refuses(NO_DEVICES[name][1])
 
 
 @pytest.mark.ray
@@ -453,34 +456,6 @@ def test_a_loss_that_is_no_number_on_a_cluster_of_our_own(place: Workplace) -> N
     aside = place.run.with_name("finished.1")
     assert contents(aside) == earlier, "the earlier run of this name was moved aside, whole"
     events = [e["event"] for e in RunDirectory.open(place.run).events()]
-    assert events[-2:] == ["error", "finish"]
+    assert {"error", "finish"} <= set(events)
     shutil.rmtree(place.run)
     aside.rename(place.run)
-
-
-@pytest.mark.ray
-def test_a_kill_leaves_the_newest_checkpoint(place: Workplace, cluster: str) -> None:
-    """SIGKILL of the command itself: the run ends later by itself, nothing complete is lost."""
-    storage = place.folder / "killed"
-    store = CheckpointStore(str(storage / "finished/checkpoints"))
-    overrides = [f"run.storage_path={storage}", "training.steps=1000000"]
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "ray_train_geo", "train", str(place.job)),
-            *("--address", cluster),
-            *(text for o in overrides for text in ("--set", o)),
-        ],
-        stdout=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + TIMEOUT_S
-    while store.newest() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    location = store.newest()
-    assert location is not None
-    # A second run may not mix with the one that is still going on.
-    place.train(f"run.storage_path={storage}", more=["--resume", "--address", cluster]).refuses(
-        r"a run is going on in .*killed/finished"
-    )

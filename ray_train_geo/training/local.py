@@ -24,16 +24,11 @@ from ray_train_geo.errors import AbortedError, GeoError, StorageError, Transport
 from ray_train_geo.model.catalog import ModelDims
 from ray_train_geo.planning.plan import Plan
 from ray_train_geo.spec import JobSpec
+from ray_train_geo.training.assignment import Assignment, Outcome, Start, StepRecord
 from ray_train_geo.training.checkpoint import CheckpointPart, CheckpointStore
 from ray_train_geo.training.collector import CheckpointCollector
 from ray_train_geo.training.identity import identity
-from ray_train_geo.training.runtime import (
-    Assignment,
-    Outcome,
-    StageRuntime,
-    Start,
-    StepRecord,
-)
+from ray_train_geo.training.runtime import StageRuntime
 
 __all__ = ["LocalResult", "run_local"]
 

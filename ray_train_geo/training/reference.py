@@ -16,8 +16,8 @@ from ray_train_geo.model.catalog import ModelDims
 from ray_train_geo.model.dropout import dropout_key
 from ray_train_geo.model.stage import build_stage, next_token_loss
 from ray_train_geo.spec import JobSpec
+from ray_train_geo.training.assignment import StepRecord
 from ray_train_geo.training.optimizer import learning_rate
-from ray_train_geo.training.runtime import StepRecord
 
 __all__ = ["run_reference"]
 

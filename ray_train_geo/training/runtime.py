@@ -16,10 +16,9 @@ import math
 import threading
 import time
 import zlib
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.distributed import PrefixStore, Store
@@ -27,18 +26,15 @@ from torch.distributed import PrefixStore, Store
 from ray_train_geo.data.dataset import open_dataset
 from ray_train_geo.data.order import SampleOrder
 from ray_train_geo.errors import DataError, DivergedError, StorageError
-from ray_train_geo.model.catalog import ModelDims
 from ray_train_geo.model.stage import build_stage
 from ray_train_geo.observe.trace import Tracer
-from ray_train_geo.planning.plan import Plan, Role
 from ray_train_geo.schedule.actions import Action
 from ray_train_geo.schedule.gpipe import gpipe
 from ray_train_geo.schedule.one_f_one_b import one_f_one_b
-from ray_train_geo.spec import JobSpec
+from ray_train_geo.training.assignment import Assignment, Outcome, Reporter, StepRecord
 from ray_train_geo.training.buckets import holders_of, make_buckets
 from ray_train_geo.training.channel import Receiver, Sender
 from ray_train_geo.training.checkpoint import (
-    CheckpointPart,
     CheckpointStore,
     read_tensors,
     write_part,
@@ -46,7 +42,6 @@ from ray_train_geo.training.checkpoint import (
 from ray_train_geo.training.executor import Batches, Edges, StageExecutor
 from ray_train_geo.training.gradient_sync import GradientSync
 from ray_train_geo.training.groups import WORLD, Group, join_groups
-from ray_train_geo.training.manifest import Manifest
 from ray_train_geo.training.optimizer import MOMENTS, learning_rate
 from ray_train_geo.training.precision import DTYPES, LossScale
 from ray_train_geo.training.state import StageState
@@ -54,87 +49,10 @@ from ray_train_geo.transport.base import Transport
 from ray_train_geo.transport.gloo import GlooEndpoint
 from ray_train_geo.transport.nccl import NcclTransport
 
-__all__ = ["Assignment", "Outcome", "Reporter", "StageRuntime", "Start", "StepRecord"]
+__all__ = ["StageRuntime"]
 
 _CHANNEL_SENDS = 8
 _SMALLEST_LOSS_SCALE = 2.0**-20
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """Where a generation's state comes from.
-
-    Args:
-        location: a checkpoint.
-        weights_only: take the weights, and begin at step 1 with fresh moments.
-    """
-
-    location: str
-    manifest: Manifest
-    weights_only: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """What a worker is told: its role in a plan, and all that it needs to play it."""
-
-    job: JobSpec
-    dims: ModelDims
-    plan: Plan
-    rank: int
-    generation: int
-    hostname: str
-    deadline_s: float
-    checkpoint_root: str
-    transport: Literal["gloo", "nccl"] = "gloo"
-    data_fingerprint: str | None = None
-    start: Start | None = None
-
-    @property
-    def role(self) -> Role:
-        return next(role for role in self.plan.roles() if role.rank == self.rank)
-
-
-@dataclass(frozen=True, slots=True)
-class StepRecord:
-    """One committed step, the same on every worker but for ``time`` and ``step_s``.
-
-    Args:
-        loss: mean over all tokens of the step, in nats.
-        grad_norm: global L2 norm before clipping; not finite if the step overflowed.
-    """
-
-    step: int
-    time: float
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    loss_scale: float
-    skipped: bool
-    step_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """Why :meth:`StageRuntime.run` returned, after which step (the same on every worker)."""
-
-    step: int
-    interrupted: bool
-    updates: int
-    loss_scale: LossScale = field(default_factory=LossScale)
-
-
-class Reporter(Protocol):
-    """Whom a worker tells what has happened; calls return at once."""
-
-    def committed(self, record: StepRecord) -> None:
-        """A step was committed (rank 0 only)."""
-
-    def part_written(self, step: int, part: CheckpointPart, state: Mapping[str, Any]) -> None:
-        """This worker's part of the checkpoint of ``step`` is on storage."""
-
-    def part_failed(self, step: int, rank: int, error: StorageError) -> None:
-        """It could not be written."""
 
 
 class StageRuntime:
@@ -142,7 +60,8 @@ class StageRuntime:
 
     Args:
         store: rendezvous for all workers of the run.
-        checkpoint_location: where the parts of a step's checkpoint go.
+        device: what the stage computes on.
+        reporter: is told what happens.
     """
 
     def __init__(

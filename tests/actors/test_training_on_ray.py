@@ -23,8 +23,8 @@ from ray_runs import (
 )
 
 from ray_train_geo.spec import load_job
+from ray_train_geo.training.assignment import StepRecord
 from ray_train_geo.training.reference import run_reference
-from ray_train_geo.training.runtime import StepRecord
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(200)]
 

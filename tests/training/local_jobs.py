@@ -9,8 +9,8 @@ from ray_train_geo.cluster.topology import Device, Topology
 from ray_train_geo.planning.plan import Plan
 from ray_train_geo.planning.planner import plan as make_plan
 from ray_train_geo.spec import JobSpec, parse_job
+from ray_train_geo.training.assignment import Start, StepRecord
 from ray_train_geo.training.local import LocalResult, run_local
-from ray_train_geo.training.runtime import Start, StepRecord
 
 VOCAB = 257
 GPT = {"layers": 6, "dim": 32, "heads": 4, "dropout": 0.1, "tied_embeddings": True}

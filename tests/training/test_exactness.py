@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from local_jobs import GPT, LLAMA, VOCAB, make_job, train, worst_difference
 
+from ray_train_geo.training.assignment import StepRecord
 from ray_train_geo.training.reference import run_reference
-from ray_train_geo.training.runtime import StepRecord
 
 PLANS = {
     "1x1": ["parallelism.pipelines=1", "parallelism.stages=1"],

@@ -16,10 +16,11 @@ from ray_train_geo.model.catalog import parameter_shapes
 from ray_train_geo.model.stage import build_stage
 from ray_train_geo.observe.record import metrics_record
 from ray_train_geo.training import local
+from ray_train_geo.training.assignment import Outcome, Start, StepRecord
 from ray_train_geo.training.checkpoint import CheckpointStore, read_manifest, read_tensors
 from ray_train_geo.training.precision import LossScale
 from ray_train_geo.training.reference import run_reference
-from ray_train_geo.training.runtime import Outcome, StageRuntime, Start, StepRecord
+from ray_train_geo.training.runtime import StageRuntime
 
 # With embeddings of 0.02 RMSNorm makes single gradients so steep that fp16 would overflow.
 STEADY = {**LLAMA, "init_std": 0.1}

@@ -10,8 +10,8 @@ import pytest
 from local_jobs import GPT, LLAMA, make_job, train, worst_difference
 
 from ray_train_geo.errors import CheckpointError
+from ray_train_geo.training.assignment import Start, StepRecord
 from ray_train_geo.training.checkpoint import CheckpointStore, read_manifest
-from ray_train_geo.training.runtime import Start, StepRecord
 
 STOP = 10
 MODELS: dict[str, dict[str, Any]] = {

@@ -1,0 +1,146 @@
+"""A plan and a crew for it: plan on what is known, start workers, measure, and plan again."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray_train_geo.actors.crew import Crew
+from ray_train_geo.actors.discovery import wait_for_devices
+from ray_train_geo.actors.recorder import Recorder
+from ray_train_geo.cluster.topology import Device, Topology
+from ray_train_geo.cluster.topology_file import load_topology
+from ray_train_geo.errors import StorageError
+from ray_train_geo.planning.plan import Plan
+from ray_train_geo.planning.planner import plan as make_plan
+from ray_train_geo.spec import JobSpec
+from ray_train_geo.training.checkpoint import CheckpointStore
+from ray_train_geo.training.mission import Mission, check_space
+
+__all__ = ["staff"]
+
+
+def staff(
+    mission: Mission,
+    store: CheckpointStore,
+    recorder: Recorder,
+    coordinator: Any,
+    after_loss: bool,
+    watch: Callable[[], None],
+) -> tuple[Plan, Crew]:
+    """A plan for the devices that Ray has free, and the workers that will carry it out.
+
+    Args:
+        coordinator: the actor that workers report to.
+        after_loss: a crew was just dismissed, and Ray is still freeing what it had.
+        watch: called while waiting for devices; what it raises ends the wait.
+
+    Raises:
+        ClusterError: too few devices.
+        PlanError: no plan fits them.
+        StorageError: checkpoints have no room, or storage is not shared by all nodes.
+        LostWorkerError: a worker was lost while it started.
+    """
+    job = mission.job
+    links = load_topology(Path(job.scaling.topology)) if job.scaling.topology else None
+    fixed = _fixed_workers(job)
+    wanted = fixed or job.scaling.max_devices
+    needed = max(fixed or 1, job.scaling.min_devices)
+    devices = wait_for_devices(job.scaling, needed, wanted, after_loss, watch)
+    first = make_plan(_topology(devices, links), job, mission.vocab_size)
+    # After the plan: a model that fits no memory should not be called too large for the disk.
+    check_space(mission.dims, job.checkpoint.keep, store)
+    used = {stage.device for pipeline in first.pipelines for stage in pipeline.stages}
+    # Where the plan is open, all devices are measured before it is made.
+    chosen = [d for d in devices if fixed is None or d.id in used][:wanted]
+    crew = Crew(chosen, job, coordinator, recorder)
+    try:
+        topology = _topology(_measured(crew, mission, store), links)
+        if links is None:
+            topology = dataclasses.replace(topology, node_links=crew.links())
+        began = time.perf_counter()
+        plan = make_plan(topology, job, mission.vocab_size)
+        plan = dataclasses.replace(plan, search_s=time.perf_counter() - began)
+        crew.assign(plan)
+    except BaseException:
+        crew.dismiss()
+        raise
+    recorder.run.write_json("plan.json", plan.to_json())
+    recorder.event("topology", links=_links_json(topology))
+    recorder.event("plan", predicted_step_s=plan.predicted_step_s, notes=list(plan.notes))
+    return plan, crew
+
+
+def _measured(crew: Crew, mission: Mission, store: CheckpointStore) -> list[Device]:
+    """The crew's devices with their measured speed and memory; all share the storage."""
+    scaling = mission.job.scaling
+    probe = store.probe()
+    infos = crew.hello(mission.dims, store.root, probe)
+    store.remove_probe(probe)
+    blind = sorted({i.host for i in infos.values() if not i.sees_storage})
+    if blind:
+        raise StorageError(
+            f"checkpoint storage {store.root} is not shared with {', '.join(blind)}; set "
+            "checkpoint.storage_path to a shared folder or an fsspec URL"
+        )
+    share = min(1.0, scaling.resources_per_worker.get("GPU", 0.0) or 1.0)
+    measured = []
+    for device in crew.devices:
+        info, memory = infos[device.id], device.memory_bytes
+        if info.memory_bytes is not None and scaling.memory_per_worker_bytes is None:
+            memory = int(info.memory_bytes * share)
+        measured.append(
+            dataclasses.replace(device, flops_per_s=info.flops_per_s, memory_bytes=memory)
+        )
+    return _level(measured)
+
+
+def _level(devices: list[Device]) -> list[Device]:
+    """Devices of one type on one node are equally fast.
+
+    They were measured side by side, and what differs is who got the processor when: a plan must not
+    be fitted to that.
+    """
+    speeds: dict[tuple[str, str], list[float]] = {}
+    for device in devices:
+        speeds.setdefault((device.node, device.type), []).append(device.flops_per_s)
+    return [
+        dataclasses.replace(d, flops_per_s=statistics.median(speeds[d.node, d.type]))
+        for d in devices
+    ]
+
+
+def _fixed_workers(job: JobSpec) -> int | None:
+    """How many workers the spec fixes, if it does."""
+    pipelines, boundaries = job.fixed_pipelines(), job.stage_boundaries()
+    if boundaries is not None:
+        if len(boundaries) > 1:
+            return sum(len(b) - 1 for b in boundaries)
+        return (len(boundaries[0]) - 1) * pipelines if pipelines is not None else None
+    if pipelines is not None and job.parallelism.stages is not None:
+        return pipelines * job.parallelism.stages
+    return None
+
+
+def _topology(devices: list[Device], links: Topology | None) -> Topology:
+    if links is None:
+        return Topology(tuple(devices))
+    return Topology(tuple(devices), links.node_links, links.region_links)
+
+
+def _links_json(topology: Topology) -> list[dict[str, Any]]:
+    """The links that were measured, or read from a file."""
+    links = {**topology.region_links, **topology.node_links}
+    return [
+        {
+            "from": source,
+            "to": target,
+            "latency_s": link.latency_s,
+            "bandwidth_bytes_per_s": link.bandwidth_bytes_per_s,
+        }
+        for (source, target), link in links.items()
+    ]
