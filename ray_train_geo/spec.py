@@ -640,7 +640,7 @@ def _apply_override(raw: dict[str, Any], text: str) -> None:
 
 def _explain(error: Any) -> str:
     """One line for one of pydantic's errors: where, what, and what to write instead."""
-    where = ".".join(str(p) for p in error["loc"]) or "job"
+    where = ".".join(str(p) for p in error["loc"])
     if error["type"] == "extra_forbidden":
         known = _fields_at(error["loc"][:-1])
         close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
@@ -651,7 +651,7 @@ def _explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     given = error.get("input")
     if error["type"] == "value_error" or isinstance(given, dict):
-        return f"{where}: {message}"
+        return f"{where}: {message}" if where else str(message)
     return f"{where}: {message} (given: {given!r})"
 
 

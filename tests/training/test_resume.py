@@ -16,7 +16,9 @@ from ray_train_geo.training.checkpoint import CheckpointStore, read_manifest
 STOP = 10
 MODELS: dict[str, dict[str, Any]] = {
     "gpt": GPT,
-    "llama": LLAMA,
+    # With embeddings of 0.02 RMSNorm is so steep that even another order of sums shows: the
+    # norm of an uninterrupted run differs by 2e-5 between plans.
+    "llama": {**LLAMA, "init_std": 0.1},
     "gpt-untied": {**GPT, "tied_embeddings": False},
 }
 FIRST = {
@@ -67,7 +69,6 @@ def stopped(folder: Path, model: str) -> Start:
 )
 def test_steps_after_a_resume(folder: Path, model: str, plan: list[str]) -> None:
     name = "".join(c if c.isalnum() else "_" for c in f"{model}-{plan}")
-    job = make_job(folder, *plan, "parallelism.bucket_bytes=7000", f"run.name={name}"[:90])
     job = make_job(
         folder, *plan, "parallelism.bucket_bytes=7000", f"run.name={name}"[:90], model=MODELS[model]
     )
@@ -76,6 +77,12 @@ def test_steps_after_a_resume(folder: Path, model: str, plan: list[str]) -> None
     assert worst_difference(records, list(uninterrupted(folder, model)[STOP:])) < 1e-5
     rates = [r.learning_rate for r in uninterrupted(folder, model)[STOP:]]
     assert [r.learning_rate for r in records] == rates
+
+
+def test_the_same_plan_gives_the_same_bits(folder: Path) -> None:
+    job = make_job(folder, *FIRST["gpt"], "run.name=same-plan")
+    records = train(job, start=stopped(folder, "gpt"), until=20).records
+    assert worst_difference(records, list(uninterrupted(folder, "gpt")[STOP:20])) == 0
 
 
 def test_stopping_changes_nothing_before_the_stop(folder: Path) -> None:
