@@ -80,8 +80,8 @@ class StageExecutor:
         self._last_backward = max(i for i, a in enumerate(actions) if a.kind == "B")
         self._microbatches = sum(a.kind == "F" for a in actions)
 
-    def run(self, step: int, loss_scale: float, deadline_s: float) -> torch.Tensor | None:
-        """Run ``step``; gradients of (mean loss of a microbatch) x ``loss_scale`` add up.
+    def run(self, step: int, loss_factor: float, deadline_s: float) -> torch.Tensor | None:
+        """Run ``step``; gradients of (mean loss of a microbatch) x ``loss_factor`` add up.
 
         Returns:
             The sum of the loss over all tokens of this pipeline (a last stage), or None.
@@ -99,7 +99,7 @@ class StageExecutor:
         for position, action in enumerate(self._actions):
             index = action.microbatch
             if action.kind == "F":
-                held[index] = self._forward(step, index, loss_scale, deadline_s, losses)
+                held[index] = self._forward(step, index, loss_factor, deadline_s, losses)
             else:
                 if position == self._last_backward:
                     self._before_last_backward()
@@ -113,7 +113,7 @@ class StageExecutor:
         self,
         step: int,
         index: int,
-        loss_scale: float,
+        loss_factor: float,
         deadline_s: float,
         losses: list[torch.Tensor],
     ) -> _Held:
@@ -130,7 +130,7 @@ class StageExecutor:
                 assert targets is not None
                 loss = next_token_loss(output, targets)
                 losses.append(loss.detach())
-                output = loss * (loss_scale / targets.numel())
+                output = loss * (loss_factor / targets.numel())
             self._settle(output, deadline_s)
         if edges.activation_out is not None:
             edges.activation_out.send(output.detach(), name, index, deadline_s)

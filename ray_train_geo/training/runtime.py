@@ -270,7 +270,10 @@ class StageRuntime:
         self._missing = None
         self._state.clear_gradients()
         self._sync.begin(step)
-        loss_sum = self._executor.run(step, self._scale.factor, a.deadline_s)
+        # Of the mean loss of the step, as the field does it: a microbatch's part is small, which
+        # leaves fp16 headroom.
+        loss_factor = self._scale.factor / training.total_microbatches
+        loss_sum = self._executor.run(step, loss_factor, a.deadline_s)
         self._sync.finish(a.deadline_s)
         if self.device.type == "cuda":
             # Reading a number waits for the GPU without a deadline; these waits have one.
@@ -278,8 +281,7 @@ class StageRuntime:
                 transport.synchronize(a.deadline_s)
         with self._tracer.span("optimizer", "commit", step):
             totals = self._agree(0.0 if loss_sum is None else float(loss_sum))
-        # Gradients are those of the mean loss of a microbatch times the loss scale, added up.
-        unscale = 1.0 / (self._scale.factor * training.total_microbatches)
+        unscale = 1.0 / self._scale.factor
         norm = math.sqrt(totals.squared_norm) * unscale
         rate, scale = learning_rate(step, training), self._scale
         overflow = not math.isfinite(norm)
