@@ -61,13 +61,17 @@ class GradientSync:
     def begin(self, step: int) -> None:
         """A new step: nothing is ready yet."""
         self._step = step
-        self._ready = [False] * len(self._buckets)
+        # What nobody else holds is not waited for.
+        self._ready = [bucket.holders not in self._transports for bucket in self._buckets]
         self._next = 0
         self._started = []
 
     def ready(self, bucket: int) -> None:
         """The gradients of ``bucket`` are complete here: send them as soon as it is their turn."""
         self._ready[bucket] = True
+        self._advance()
+
+    def _advance(self) -> None:
         while self._next < len(self._buckets) and self._ready[self._next]:
             self._start(self._next)
             self._next += 1
@@ -95,6 +99,7 @@ class GradientSync:
         Raises:
             TransportError: a holder is gone or too slow; the step must not be applied.
         """
+        self._advance()
         if self._next < len(self._buckets):
             raise RuntimeError(f"bucket {self._next} never became ready")
         gathers: list[Pending] = []

@@ -71,9 +71,11 @@ class StageState:
         return [g for g in grads if g is not None]
 
     def on_gradient(self, arrived: Callable[[str], None]) -> None:
-        """Call ``arrived(name)`` whenever backward has added a gradient to its buffer."""
-        for name, parameter in self._parameters.items():
-            parameter.register_post_accumulate_grad_hook(self._hook(name, arrived))
+        """Call ``arrived(name)`` whenever backward has added a gradient to its flat buffer."""
+        for index in self.buffers:
+            for name in self.buckets[index].names:
+                parameter = self._parameters[name]
+                parameter.register_post_accumulate_grad_hook(self._hook(name, arrived))
 
     def _hook(self, name: str, arrived: Callable[[str], None]) -> Callable[[torch.Tensor], None]:
         if not self._low_precision:
@@ -106,11 +108,12 @@ class StageState:
         """One AdamW update with the gradients times ``factor``."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        # The fused kernel divides by this as it reads the gradients: no pass of their own.
-        device = self.optimizer.param_groups[0]["params"][0].device
-        scale = torch.tensor(1.0 / factor, dtype=torch.float32, device=device)
         optimizer: Any = self.optimizer  # torch's stubs lack what its GradScaler sets
-        optimizer.grad_scale = scale
+        optimizer.grad_scale = None
+        if factor != 1.0:
+            # The fused kernel divides by this as it reads the gradients: no pass of their own.
+            device = self.optimizer.param_groups[0]["params"][0].device
+            optimizer.grad_scale = torch.tensor(1.0 / factor, device=device)
         optimizer.step()
         self._refresh()
 

@@ -104,7 +104,10 @@ def test_every_weight_arrives_once_a_backward_with_its_gradient_in_place(
 
     state.on_gradient(note)
     backward(state)
-    assert sorted(arrived) == sorted(parameter_shapes(DIMS))
+    # In fp32 only what others hold too: nobody waits for the rest.
+    expected = [name for index in state.buffers for name in state.buckets[index].names]
+    assert len(state.buffers) == (1 if precision == "fp32" else 2)
+    assert sorted(arrived) == sorted(expected)
     # Backward finishes the deepest layers first, the tied matrix last.
     assert arrived[-1] in ("tokens.weight", "positions.weight")
 
