@@ -277,7 +277,8 @@ def _start(device: Device, job: JobSpec, coordinator: Any) -> Any:
         # What NCCL transports need so that a posted receive can't hold up computation; see
         # transport.nccl.
         environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGER"}
-    return StageWorker.options(  # type: ignore[attr-defined]
+    actor: Any = StageWorker  # what @ray.remote has made of the class
+    return actor.options(
         num_cpus=cpus,
         num_gpus=gpus,
         resources=needs or None,

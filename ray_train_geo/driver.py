@@ -253,7 +253,8 @@ def follow(mission: Mission, callbacks: Sequence[Callback] = ()) -> Summary:
     name = f"{mission.job.run.name}-{hashlib.sha256(str(directory).encode()).hexdigest()[:8]}"
     try:
         # Detached, so that it outlives a driver that is killed; see actors.coordinator.
-        coordinator = Coordinator.options(  # type: ignore[attr-defined]
+        actor: Any = Coordinator  # what @ray.remote has made of the class
+        coordinator = actor.options(
             name=name,
             namespace=_NAMESPACE,
             lifetime="detached",
