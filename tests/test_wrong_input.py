@@ -19,14 +19,16 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
 import yaml
+from tmpfs import mounted
 from typer.testing import CliRunner
 
 from ray_train_geo.cli import app
@@ -231,15 +233,15 @@ def background(place: Workplace) -> Iterator[dict[str, Future[Ended]]]:
     jobs: dict[str, Callable[[], Ended]] = {}
     for name, (overrides, _) in OVERRIDES.items():
         filled = [o.format(folder=place.folder) if "{folder}" in o else o for o in overrides]
-        jobs[name] = lambda o=filled: place.train(*o)  # type: ignore[misc]
+        jobs[name] = partial(place.train, *filled)
     for name, (overrides, _) in RESUMES.items():
         filled = [o.format(folder=place.folder) for o in overrides]
-        jobs[name] = lambda o=filled: place.train(*o, more=["--resume"])  # type: ignore[misc]
+        jobs[name] = partial(place.train, *filled, more=["--resume"])
     for name, (content, _) in FILES.items():
         path = place.folder / f"{name.replace(' ', '_')}.yaml"
         if content is not None:
             path.write_text(content)
-        jobs[name] = lambda p=path: command("train", p)  # type: ignore[misc]
+        jobs[name] = partial(command, "train", path)
     jobs["unreachable"] = lambda: place.train(
         "run.name=unreachable", more=["--address", f"127.0.0.1:{closed_port()}"]
     )
@@ -303,23 +305,6 @@ def test_an_address_of_something_else(background: dict[str, Future[Ended]]) -> N
 
 
 # ------------------------------------------------------------------ disks
-
-
-@contextmanager
-def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A tmpfs at ``folder``."""
-    folder.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(mount, capture_output=True, check=False).returncode == 0
-    except OSError:
-        done = False
-    if not done:
-        pytest.skip("can't mount a tmpfs here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def fill(folder: Path) -> Path:

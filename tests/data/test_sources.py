@@ -24,7 +24,7 @@ def write(root: Path, files: dict[str, bytes | str]) -> Path:
 
 def documents(root: Path, **spec: str) -> list[bytes]:
     """The documents of a file or folder, their pieces joined."""
-    data = DataSpec(path=str(root), **spec)  # type: ignore[arg-type]
+    data = DataSpec.model_validate({"path": str(root), **spec})
     files = find_files(root, data.glob) if root.is_dir() else [root]
     done, parts = [], []
     for piece in read_pieces(files, data, root):

@@ -46,13 +46,13 @@ class Line:
         return Done(self, arrive)
 
     def all_reduce(self, tensor: torch.Tensor) -> Done:
-        raise NotImplementedError
+        raise AssertionError("an edge of a pipeline only sends and receives")
 
     def reduce_scatter(self, tensor: torch.Tensor, shards: Sequence[int]) -> Done:
-        raise NotImplementedError
+        raise AssertionError("an edge of a pipeline only sends and receives")
 
     def all_gather(self, tensor: torch.Tensor, shards: Sequence[int]) -> Done:
-        raise NotImplementedError
+        raise AssertionError("an edge of a pipeline only sends and receives")
 
     def synchronize(self, timeout_s: float) -> None: ...
 

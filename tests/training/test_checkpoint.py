@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import fsspec
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from tmpfs import mounted
 
 from ray_train_geo.errors import CheckpointError, StorageError
 from ray_train_geo.training.checkpoint import (
@@ -371,19 +371,8 @@ def test_a_writer_killed_half_way_leaves_the_older_one(local: CheckpointStore) -
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except OSError:
-        mounted = False
-    if not mounted:
-        pytest.skip("can't mount a tmpfs here")
-    try:
+    with mounted(tmp_path / "small", "size=2m") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_full_disk_leaves_the_older_one(small_disk: Path) -> None:

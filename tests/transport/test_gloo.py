@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ def ranks(size: int, deadline_s: float = 20.0) -> list[tuple[GlooEndpoint, GlooT
         endpoint = GlooEndpoint(store, "127.0.0.1", deadline_s)
         made[rank] = endpoint, endpoint.connect("test", rank, size)
 
-    each([lambda rank=rank: join(rank) for rank in range(size)])  # type: ignore[misc]
+    each([functools.partial(join, rank) for rank in range(size)])
     return [made[rank] for rank in range(size)]
 
 
