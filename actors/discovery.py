@@ -6,11 +6,12 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import ray
 
-from ray_train_geo.cluster.topology import Device
+from ray_train_geo.cluster.gpus import gpu_variants
+from ray_train_geo.cluster.topology import Device, MarketType
 from ray_train_geo.errors import ClusterError
 from ray_train_geo.spec import ScalingSpec
 
@@ -22,7 +23,10 @@ _MARKET_LABEL = "ray.io/market-type"
 _FREEING_S = 30.0
 _SETTLED_S = 1.5
 _POLL_S = 0.25
-_UNKNOWN_GPU_MEMORY_BYTES = 2**50  # until its worker has measured it
+# Until its worker has measured them.
+_CPU_FLOPS_PER_S = 2e10
+_UNKNOWN_GPU_FLOPS_PER_S = 1e13
+_UNKNOWN_GPU_MEMORY_BYTES = 2**50
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,16 +99,15 @@ def devices_on(node: Node, scaling: ScalingSpec, wanted: int | None) -> list[Dev
         (k.removeprefix("accelerator_type:") for k in node.total if k.startswith("accelerator_")),
         "",
     )
-    if scaling.memory_per_worker_bytes is not None:
-        memory = scaling.memory_per_worker_bytes
-    elif gpu:
-        memory = _UNKNOWN_GPU_MEMORY_BYTES
+    market: MarketType = "spot" if node.labels.get(_MARKET_LABEL) == "spot" else "on-demand"
+    if gpu:
+        flops_per_s, memory, price_per_hour = _gpu_guess(accelerator, gpu, market)
     else:
         sharing = min(count, wanted) if wanted else count
+        flops_per_s, price_per_hour = _CPU_FLOPS_PER_S, 0.0
         memory = int(node.total.get("memory", 4 * 2**30) / sharing)
-    market: Literal["spot", "on-demand"] = (
-        "spot" if node.labels.get(_MARKET_LABEL) == "spot" else "on-demand"
-    )
+    if scaling.memory_per_worker_bytes is not None:
+        memory = scaling.memory_per_worker_bytes
     return [
         Device(
             id=f"{node.id[-12:]}/{i}",
@@ -113,11 +116,27 @@ def devices_on(node: Node, scaling: ScalingSpec, wanted: int | None) -> list[Dev
             zone=node.label(*_ZONE_LABELS),
             market_type=market,
             type=(accelerator or "gpu") if gpu else "cpu",
-            flops_per_s=1e13 if gpu else 2e10,
+            flops_per_s=flops_per_s,
             memory_bytes=memory,
+            price_per_hour=price_per_hour,
         )
         for i in range(count)
     ]
+
+
+def _gpu_guess(accelerator: str, gpus: float, market: MarketType) -> tuple[float, int, float]:
+    """FLOP/s, memory in bytes and dollars an hour of a worker with ``gpus`` of a GPU (or more)."""
+    variants = gpu_variants(accelerator)
+    if not variants:
+        return _UNKNOWN_GPU_FLOPS_PER_S, _UNKNOWN_GPU_MEMORY_BYTES, 0.0
+    # Ray says "A100" of 40 and of 80 GB.  Taken for the larger one: too little memory would have a
+    # plan refused before the worker has measured what there is.
+    known, share = variants[-1], min(1.0, gpus)
+    return (
+        share * known.sustained_flops_per_s("fp16"),
+        int(share * known.memory_bytes),
+        gpus * known.price_per_hour(market),
+    )
 
 
 def wait_for_devices(

@@ -129,7 +129,7 @@ def _fixed_workers(job: JobSpec) -> int | None:
 def _topology(devices: list[Device], links: Topology | None) -> Topology:
     if links is None:
         return Topology(tuple(devices))
-    return Topology(tuple(devices), links.node_links, links.region_links)
+    return links.with_devices(devices)
 
 
 def _links_json(topology: Topology) -> list[dict[str, Any]]:

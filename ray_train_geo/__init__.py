@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from ray_train_geo.driver import Callback
     from ray_train_geo.errors import GeoError, InputError, RunError
     from ray_train_geo.planning.plan import Plan
-    from ray_train_geo.planning.planner import plan
+    from ray_train_geo.planning.request import plan
     from ray_train_geo.spec import JobSpec, load_job, parse_job
     from ray_train_geo.trainer import (
         Checkpoint,
@@ -48,7 +48,7 @@ _HOMES = {
     "InputError": "errors",
     "RunError": "errors",
     "Plan": "planning.plan",
-    "plan": "planning.planner",
+    "plan": "planning.request",
     "JobSpec": "spec",
     "load_job": "spec",
     "parse_job": "spec",

@@ -9,16 +9,16 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from ray_train_geo.errors import GeoError
+from ray_train_geo.console import Address, AsJson, JobPath, Overrides, errors, print_json
+from ray_train_geo.plan_command import plan
 from ray_train_geo.spec import JobSpec, load_job
 
 __all__ = ["app", "main"]
@@ -31,45 +31,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-JobPath = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job spec.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="A.B=VALUE", help="Override a field of the job; repeatable."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Address = Annotated[
-    str | None,
-    typer.Option(
-        help="Ray cluster to use (HOST:PORT or auto). Default: RAY_ADDRESS, or a cluster of our "
-        "own on this machine."
-    ),
-]
-
 
 def main() -> None:
     """Run the command line."""
     app()
-
-
-@contextlib.contextmanager
-def _errors(as_json: bool = False) -> Iterator[None]:
-    """One message for what went wrong, and its exit code; no traceback."""
-    try:
-        yield
-    except GeoError as e:
-        if as_json:
-            _print_json({"error": {"kind": type(e).__name__, "message": str(e)}})
-        Console(stderr=True).print(
-            f"error: {e}", style="red", markup=False, highlight=False, soft_wrap=True
-        )
-        raise typer.Exit(e.exit_code) from None
-    except KeyboardInterrupt:
-        Console(stderr=True).print("ended at once", style="red")
-        raise typer.Exit(130) from None
-
-
-def _print_json(obj: Any) -> None:
-    print(json.dumps(obj), flush=True)
 
 
 @app.command()
@@ -96,7 +61,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train a job to its end; SIGTERM or Ctrl-C stop it in good order, with a checkpoint."""
-    with _errors(as_json):
+    with errors(as_json):
         job = load_job(job_path, overrides or ())
         # Ray and torch take seconds to import: a wrong spec is told before.
         from ray_train_geo.driver import connected, follow, prepare
@@ -121,7 +86,7 @@ def train(
         if summary.error is not None:
             raise summary.error
         if as_json:
-            _print_json(result)
+            print_json(result)
         console.print(
             f"{summary.phase} after step {summary.step}; checkpoint: {summary.checkpoint}\n"
             f"report: {summary.path}/report.html",
@@ -133,7 +98,7 @@ def train(
 @app.command()
 def validate(job_path: JobPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check a job spec: fields, arithmetic, data and tokenizer; nothing is started."""
-    with _errors(as_json):
+    with errors(as_json):
         job = load_job(job_path, overrides or ())
         from ray_train_geo.data.dataset import open_dataset
         from ray_train_geo.model.catalog import total_parameters
@@ -149,7 +114,7 @@ def validate(job_path: JobPath, overrides: Overrides = None, as_json: AsJson = F
             "epochs": job.training.steps * job.training.global_batch / data.samples,
         }
         if as_json:
-            _print_json(found)
+            print_json(found)
         else:
             print(
                 f"{job_path} is valid: {found['parameters']:,} parameters, {found['tokens']:,} "
@@ -163,76 +128,7 @@ def schema() -> None:
     print(json.dumps(JobSpec.model_json_schema(), indent=2))
 
 
-@app.command()
-def plan(
-    job_path: JobPath,
-    overrides: Overrides = None,
-    topology: Annotated[
-        Path | None, typer.Option(help="Plan for the devices in this topology file.")
-    ] = None,
-    address: Address = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show which layers would run where, without starting anything."""
-    with _errors(as_json):
-        job = load_job(job_path, overrides or ())
-        from ray_train_geo.data.dataset import open_dataset
-        from ray_train_geo.planning.planner import plan as make_plan
-
-        vocab_size = open_dataset(job.data, job.training.seq_len).vocab_size
-        if topology is not None:
-            from ray_train_geo.cluster.topology_file import load_topology
-
-            found = load_topology(topology)
-        else:
-            found = _ray_topology(job, address)
-        began = time.perf_counter()
-        made = make_plan(found, job, vocab_size)
-        searched = time.perf_counter() - began
-        if as_json:
-            _print_json({**made.to_json(), "search_s": searched})
-            return
-        _print_plan(made.to_json())
-
-
-def _ray_topology(job: JobSpec, address: str | None) -> Any:
-    """The devices of a live cluster (or of this machine), with speeds that nobody measured."""
-    from ray_train_geo.actors.discovery import wait_for_devices
-    from ray_train_geo.cluster.topology import Topology
-    from ray_train_geo.driver import connected
-
-    with connected(job, address):
-        devices = wait_for_devices(job.scaling, job.scaling.min_devices, None)
-    return Topology(tuple(devices))
-
-
-def _print_plan(plan: dict[str, Any]) -> None:
-    devices = {d["id"]: d for d in plan["devices"]}
-    console = Console()
-    for p, pipeline in enumerate(plan["pipelines"]):
-        table = Table(title=f"pipeline {p}: {pipeline['microbatches']} microbatches a step")
-        for column in ("stage", "layers", "device", "region", "type", "warmup", "memory"):
-            table.add_column(column)
-        for s, stage in enumerate(pipeline["stages"]):
-            device = devices[stage["device"]]
-            first, last = stage["layers"]
-            table.add_row(
-                str(s),
-                f"{first}-{last - 1}" if last - first > 1 else str(first),
-                device["id"],
-                device["region"],
-                device["type"],
-                str(stage["warmup"]),
-                f"{stage['memory_bytes'] / 2**30:.2f} of {device['memory_bytes'] / 2**30:.1f} GiB",
-            )
-        console.print(table)
-    console.print(
-        f"{plan['schedule']}, {plan['gradient_sync']}: {plan['predicted_step_s']:.4f} s a step "
-        "predicted",
-        highlight=False,
-    )
-    for note in plan["notes"]:
-        console.print(f"note: {note}", highlight=False, markup=False)
+app.command()(plan)
 
 
 @app.command()
@@ -251,7 +147,7 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Hand a job to a running Ray head, as a Ray job."""
-    with _errors(as_json):
+    with errors(as_json):
         job = load_job(job_path, overrides or ())
         from ray_train_geo.submission import submit_job
 
@@ -260,7 +156,7 @@ def submit(
         )
         submitted = submit_job(job, address, resume=resume, wait=wait, python=python, echo=echo)
         if as_json:
-            _print_json(submitted.to_json())
+            print_json(submitted.to_json())
         elif not wait:
             print(f"submitted as {submitted.id}; stop it with: ray job stop {submitted.id}")
         if submitted.status == "FAILED":
@@ -274,7 +170,7 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Show how far a run is, from its run directory."""
-    with _errors(as_json):
+    with errors(as_json):
         from ray_train_geo.observe.run_directory import RunDirectory
         from ray_train_geo.observe.status import run_status
 
@@ -282,7 +178,7 @@ def status(
             run = load_job(run, overrides or ()).run.directory
         found = run_status(RunDirectory.open(run))
         if as_json:
-            _print_json(found)
+            print_json(found)
             return
         table = Table(show_header=False)
         for key, value in found.items():
@@ -300,12 +196,12 @@ def export_command(
     as_json: AsJson = False,
 ) -> None:
     """Export a checkpoint's weights so that `transformers` can load them."""
-    with _errors(as_json):
+    with errors(as_json):
         from ray_train_geo.exchange import export_huggingface
 
         dims = export_huggingface(source, folder, tokenizer)
         if as_json:
-            _print_json({"path": str(folder), "family": dims.family, "layers": dims.layers})
+            print_json({"path": str(folder), "family": dims.family, "layers": dims.layers})
         else:
             print(f"exported to {folder}: {dims.family}, {dims.layers} layers of {dims.dim}")
 
@@ -317,11 +213,11 @@ def import_command(
     as_json: AsJson = False,
 ) -> None:
     """Import Hugging Face weights, and write a job spec that starts from them."""
-    with _errors(as_json):
+    with errors(as_json):
         from ray_train_geo.exchange import import_huggingface
 
         job_path = import_huggingface(folder, out)
         if as_json:
-            _print_json({"job": str(job_path)})
+            print_json({"job": str(job_path)})
         else:
             print(f"imported; train on it with: ray-train-geo train {job_path}")

@@ -48,6 +48,7 @@ __all__ = [
 Precision = Literal["fp32", "bf16", "fp16"]
 ScheduleName = Literal["gpipe", "1f1b"]
 GradientSyncName = Literal["allreduce", "sharded_ps", "central_ps"]
+GradientSyncChoice = Literal["auto", "allreduce", "sharded_ps", "central_ps"]
 
 
 class _Section(BaseModel):
@@ -330,10 +331,11 @@ class ParallelismSpec(_Section):
         description="1f1b: warmup forwards beyond the usual one per downstream hop, in "
         "microbatches per hop, or auto.",
     )
-    gradient_sync: GradientSyncName = Field(
-        "allreduce",
+    gradient_sync: GradientSyncChoice = Field(
+        "auto",
         description="How pipelines sum their gradients: allreduce, sharded_ps (each holder of a "
-        "layer sums one shard for all), central_ps (one holder sums everything).",
+        "layer sums one shard for all), central_ps (one holder sums everything), or auto (the "
+        "fastest by the plan's prediction).",
     )
     bucket_bytes: int = Field(
         25 * 2**20, ge=1, description="Largest gradient message of the sync, in bytes."

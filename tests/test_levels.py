@@ -38,7 +38,12 @@ LEVELS: dict[str, int] = {
     "training": 1,
     "training.*": 1,
     "observe": 0,
+    "observe.map_layout": 0,
+    "observe.places": 0,
+    "observe.plan_html": 0,
+    "observe.plan_map": 0,
     "observe.record": 0,
+    "observe.rendering": 0,
     "observe.run_directory": 0,
     "observe.status": 0,
     "observe.trace": 0,
@@ -48,13 +53,15 @@ LEVELS: dict[str, int] = {
     "": 3,
     "__main__": 3,
     "cli": 3,
+    "console": 3,
     "driver": 3,
     "exchange": 3,
+    "plan_command": 3,
     "progress": 3,
     "submission": 3,
     "trainer": 3,
 }
-LEVEL_0_MAY_USE = {"numpy", "ortools", "pydantic", "scipy", "yaml"}
+LEVEL_0_MAY_USE = {"matplotlib", "numpy", "ortools", "pydantic", "scipy", "yaml"}
 FORBIDDEN = {0: {"torch", "ray", "cupy"}, 1: {"ray"}, 2: set[str](), 3: set[str]()}
 CUPY_HOME = f"{PACKAGE}.transport.nccl"
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ray_train_geo import load_job, plan
-from ray_train_geo.cluster.topology_file import load_topology
+from ray_train_geo import plan
 from ray_train_geo.observe.pictures import loss_curve, pipeline_timeline, plan_picture, to_png
 from ray_train_geo.observe.run_directory import RunDirectory
 
@@ -21,8 +20,9 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     run = RunDirectory.open(Path(sys.argv[1]))
-    topology = load_topology(EXAMPLES / "topologies" / "three-regions.yaml")
-    three_regions = plan(topology, load_job(EXAMPLES / "gpt3-xl.yaml"))
+    three_regions = plan(
+        EXAMPLES / "gpt3-xl.yaml", topology=EXAMPLES / "topologies" / "three-regions.yaml"
+    )
     for name, figure in {
         "timeline": pipeline_timeline(run.read_json("trace.json")),
         "loss": loss_curve(run.metrics(), run.events()),

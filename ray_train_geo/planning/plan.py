@@ -5,13 +5,17 @@ A plan is a value (level 0).  It travels to the workers, into ``plan.json`` and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ray_train_geo.cluster.topology import Device
+from ray_train_geo.spec import GradientSyncName, ScheduleName
 
-__all__ = ["PipelinePlan", "Plan", "Role", "StagePlan"]
+__all__ = ["Certificate", "Objective", "PipelinePlan", "Plan", "Role", "StagePlan"]
+
+Objective = Literal["step-time", "dollars", "dtfm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +26,15 @@ class StagePlan:
         layers: ``(first, last_exclusive)``, global layer ids.
         warmup: forwards before the first backward of 1F1B (``microbatches`` for GPipe).
         memory_bytes: predicted peak memory.
+        codec: of the messages on the hop to the next stage, activations and their gradients alike
+            (a name in ``planning.codecs``); meaningless on the last stage.
     """
 
     device: str
     layers: tuple[int, int]
     warmup: int
     memory_bytes: int = 0
+    codec: str = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +61,48 @@ class Role:
 
 
 @dataclass(frozen=True, slots=True)
+class Certificate:
+    """How good a plan is by the objective it was made for, and how good any plan could be.
+
+    Args:
+        objective: ``step-time`` (seconds), ``dollars`` (per million tokens) or ``dtfm`` (DT-FM's
+            cost, in its own seconds).
+        value: what this plan reaches.
+        lower_bound: what no plan that the job allows can beat.
+        argument: one sentence on what the bound rests on, and why it is weak where it is.
+    """
+
+    objective: Objective
+    value: float
+    lower_bound: float
+    argument: str = ""
+
+    @property
+    def gap(self) -> float:
+        """``value / lower_bound - 1``: 0 is proven best; infinite where the bound is 0."""
+        if self.lower_bound <= 0:
+            return 0.0 if self.value <= 0 else math.inf
+        return max(0.0, self.value / self.lower_bound - 1)
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """Who computes what, and how long a step is predicted to take."""
+    """Who computes what, and how long a step is predicted to take.
+
+    Args:
+        devices: those of the stages, in rank order.
+        predicted_step_s: by the event engine.
+        certificate: None where nobody asked how good the plan is.
+        search_s: seconds that the search took; the caller has the clock.
+    """
 
     layers: int
     pipelines: tuple[PipelinePlan, ...]
-    schedule: Literal["gpipe", "1f1b"]
-    gradient_sync: Literal["allreduce", "sharded_ps", "central_ps"]
+    schedule: ScheduleName
+    gradient_sync: GradientSyncName
     devices: tuple[Device, ...]
     predicted_step_s: float
-    lower_bound_s: float = 0.0
+    certificate: Certificate | None = None
     search_s: float = 0.0
     notes: tuple[str, ...] = field(default=())
 
@@ -93,11 +132,15 @@ class Plan:
             if self.stage(role).layers[0] <= layer < self.stage(role).layers[1]
         )
 
+    def _repr_html_(self) -> str:
+        """The map and a table, for notebooks."""
+        from ray_train_geo.observe.plan_html import plan_html  # it draws: slow to import
+
+        return plan_html(self)
+
     def to_json(self) -> dict[str, Any]:
         """The form of ``plan.json`` and of ``ray-train-geo plan --json``."""
-        gap = 0.0
-        if self.lower_bound_s > 0:
-            gap = self.predicted_step_s / self.lower_bound_s - 1
+        certificate = self.certificate or Certificate("step-time", self.predicted_step_s, 0.0)
         return {
             "devices": [
                 {
@@ -109,6 +152,7 @@ class Plan:
                     "type": d.type,
                     "flops_per_s": d.flops_per_s,
                     "memory_bytes": d.memory_bytes,
+                    "price_per_hour": d.price_per_hour,
                 }
                 for d in self.devices
             ],
@@ -122,6 +166,7 @@ class Plan:
                             "layers": list(s.layers),
                             "warmup": s.warmup,
                             "memory_bytes": s.memory_bytes,
+                            "codec": s.codec,
                         }
                         for s in p.stages
                     ],
@@ -132,9 +177,11 @@ class Plan:
             "schedule": self.schedule,
             "gradient_sync": self.gradient_sync,
             "predicted_step_s": self.predicted_step_s,
-            "objective": self.predicted_step_s,
-            "lower_bound": self.lower_bound_s,
-            "gap": gap,
+            "objective": certificate.value,
+            "objective_name": certificate.objective,
+            "lower_bound": certificate.lower_bound,
+            "gap": None if math.isinf(certificate.gap) else certificate.gap,
+            "bound_argument": certificate.argument,
             "search_s": self.search_s,
             "notes": list(self.notes),
         }
@@ -152,6 +199,7 @@ class Plan:
                             (s["layers"][0], s["layers"][1]),
                             s["warmup"],
                             s["memory_bytes"],
+                            s.get("codec", "none"),
                         )
                         for s in p["stages"]
                     ),
@@ -164,7 +212,12 @@ class Plan:
             gradient_sync=data["gradient_sync"],
             devices=tuple(Device(**d) for d in data["devices"]),
             predicted_step_s=data["predicted_step_s"],
-            lower_bound_s=data["lower_bound"],
+            certificate=Certificate(
+                data["objective_name"],
+                data["objective"],
+                data["lower_bound"],
+                data["bound_argument"],
+            ),
             search_s=data["search_s"],
             notes=tuple(data["notes"]),
         )

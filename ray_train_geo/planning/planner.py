@@ -1,334 +1,205 @@
-"""The planner: a topology and a job in, a plan out.  Pure: no clock, no cluster, no randomness.
+"""The planner: a topology and a job in, a plan out.  Pure: no clock, no cluster, no chance.
 
-A *shape* is the depth of each pipeline.  Every shape that the job allows gets a bound that is
-cheap to compute and never above its true time; shapes are built (placed, cut, simulated) best
-bound first, until no bound is below the best predicted step::
+::
 
-    shapes -> bound -> place devices -> split microbatches -> cut layers -> warmup -> predict
+    sketches, most promising first -> candidates -> closed-form cost      .constructions, .evaluate
+    the best of them -> local search on real devices -> polish            .local_search
+    the best few -> event engine -> the plan, and how good any could be   .draft, .certify
 
-How devices are placed is a rule, not a search: a pipeline stays in one region if it can.
+The search is anytime: the first candidate that fits is a valid plan, and better ones follow.  What
+it finds depends on the problem, the seed and the moves alone, unless a deadline cuts it short.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import pairwise
+from functools import partial
+from itertools import chain
 
-from ray_train_geo.cluster.topology import Device, Topology
-from ray_train_geo.errors import PlanError
-from ray_train_geo.model.catalog import ModelDims, boundary_bytes, layer_flops
-from ray_train_geo.planning.cost import (
-    PipelineTimes,
-    backward_s,
-    forward_s,
-    lower_bound_s,
-    pipeline_times,
-    predict_step,
-)
-from ray_train_geo.planning.partition import weighted
+from ray_train_geo.cluster.topology import Topology
+from ray_train_geo.cluster.validate_topology import validate_topology
+from ray_train_geo.planning.budget import Budget
+from ray_train_geo.planning.certify import Bound, dollars_bound, step_time_bound
+from ray_train_geo.planning.constructions import Shape, candidates, sketches
+from ray_train_geo.planning.cost import lower_bound_s
+from ray_train_geo.planning.draft import draft
+from ray_train_geo.planning.dtfm_plan import dtfm_plan
+from ray_train_geo.planning.evaluate import Candidate, Chain, Evaluation, Evaluator
+from ray_train_geo.planning.local_search import improve, polish
 from ray_train_geo.planning.placement import place
-from ray_train_geo.planning.plan import PipelinePlan, Plan, StagePlan
-from ray_train_geo.planning.problem import DoesNotFitError, Problem
+from ray_train_geo.planning.plan import Plan
+from ray_train_geo.planning.problem import PlanOptions, Problem
+from ray_train_geo.planning.refusal import check_count, refusal
 from ray_train_geo.planning.validate import validate_plan
-from ray_train_geo.schedule.one_f_one_b import warmup_forwards
 from ray_train_geo.spec import JobSpec
 
-__all__ = ["plan", "split_microbatches", "validate_plan"]
+__all__ = ["plan", "search"]
 
-Boundaries = tuple[int, ...]
+_STARTS = 2
+"""Constructions that the local search starts from."""
+
+_FINALISTS = 6
+"""Plans that the event engine compares."""
+
+_CONSTRUCTIONS = 40_000
+"""Devices in all the constructions that are evaluated together: 600 plans of 64 devices."""
+
+_TO_CONSTRUCT, _TO_SEARCH, _TO_CERTIFY = 0.4, 0.7, 0.8
+"""By which parts of the budget constructions, local search, and the choice must be done."""
+
+_PROMISING = 1.02
+"""A sketch whose compute alone takes this much longer than the best plan is not looked at."""
 
 
-def plan(topology: Topology, job: JobSpec, vocab_size: int = 257) -> Plan:
-    """The plan with the shortest predicted step (ties: fewer devices, then fewer stages).
+def plan(
+    topology: Topology,
+    job: JobSpec,
+    vocab_size: int = 257,
+    options: PlanOptions | None = None,
+    budget: Budget | None = None,
+) -> Plan:
+    """The best plan found by ``options.objective`` (ties: fewer devices, then fewer stages).
 
     What ``job.parallelism`` fixes is obeyed; what it leaves to the planner is searched.
     ``search_s`` stays 0: the caller has the clock.
 
     Args:
         vocab_size: the tokenizer's, in tokens; for models that don't name their own.
+        budget: of time; when it is spent the best plan so far is returned, and at least one.
 
     Raises:
         PlanError: too few devices, or no allowed plan fits; with what is short and what to do.
     """
-    problem = Problem.of(topology, job, vocab_size)
-    shapes = _shapes(problem)
-    small = [d for d in topology.devices if not problem.fits_any(d)]
-    usable = len(topology.devices) - len(small)
-    if shapes_without_small := [depths for depths in shapes if sum(depths) <= usable]:
-        kept = tuple(d for d in topology.devices if d not in small)
-        problem = Problem.of(replace(topology, devices=kept), job, vocab_size)
-        shapes = shapes_without_small
+    problem = Problem.of(topology, job, vocab_size, options)
+    check_count(problem)
+    validate_topology(topology)
+    budget = budget or Budget()
+    if problem.options.objective == "dtfm":
+        found = dtfm_plan(problem, budget)
+    else:
+        found = _certified(problem, search(problem, budget), budget)
+    small = [d.id for d in problem.topology.devices if not problem.fits_any(d)]
+    if small and not {d.id for d in found.devices} & set(small):
+        note = f"too little memory for any layer: {', '.join(small)}"
+        found = replace(found, notes=(*found.notes, note))
+    validate_plan(found, topology, job, vocab_size)
+    return found
+
+
+def search(problem: Problem, budget: Budget) -> Plan:
+    """The best plan found, by step time or dollars.  Raises PlanError if none fits."""
+    evaluator = Evaluator(problem)
+    pool = _constructed(problem, evaluator, lambda: budget.spent(_TO_CONSTRUCT))
+    if not pool:
+        raise refusal(problem)
+    numbers = range(len(problem.topology.devices))
+    usable = {d for d in numbers if problem.fits_any(problem.topology.devices[d])}
+    moves, seed = problem.options.moves_for(len(usable)), problem.options.seed
+    finalists = list(pool)
+    for i, start in enumerate(pool[:_STARTS]):
+        used = {d for p in start.pipelines for d in p.devices}
+        share = moves // len(pool[:_STARTS])
+        over = partial(
+            budget.spent, _TO_CONSTRUCT + (_TO_SEARCH - _TO_CONSTRUCT) / _STARTS * (i + 1)
+        )
+        better = improve(evaluator, start, sorted(usable - used), share, seed + i, over)
+        finalists.append(polish(evaluator, better, over))
+    finalists.sort(key=lambda e: e.rank)
     best: Plan | None = None
-    cutoff_s = math.inf
-    nearest: DoesNotFitError | None = None
-    for bound_s, depths in sorted((_bound_s(problem, depths), depths) for depths in shapes):
-        if bound_s > cutoff_s:
+    for finalist in finalists[:_FINALISTS]:
+        drafted = draft(problem, finalist)
+        if best is None or _rank(drafted) < _rank(best):
+            best = drafted
+        if budget.spent(_TO_SEARCH):
             break
-        try:
-            candidate = _build(problem, depths, cutoff_s)
-        except DoesNotFitError as e:
-            if nearest is None or e.missing_bytes < nearest.missing_bytes:
-                nearest = e
-            continue
-        if candidate is not None and (best is None or _rank(candidate) < _rank(best)):
-            best = candidate
-            cutoff_s = best.predicted_step_s * (1 + 1e-6)  # room for ties
-    if best is None:
-        assert nearest is not None  # _shapes gives at least one shape, and each fits or not
-        intro = "" if len(shapes) == 1 else f"none of {len(shapes)} possible plans fits; nearest: "
-        raise PlanError(f"{intro}{nearest} {_advice(job, problem.dims)}")
-    if small and best.world_size <= usable:
-        names = ", ".join(d.id for d in small)
-        best = replace(best, notes=(*best.notes, f"too little memory for any layer: {names}"))
-    validate_plan(best, topology, job, vocab_size)
+    assert best is not None  # there is at least one finalist
     return best
 
 
-def split_microbatches(total: int, period_s: Sequence[float]) -> tuple[int, ...]:
-    """Share ``total`` microbatches among pipelines in proportion to speed, at least one each.
-
-    Args:
-        period_s: seconds per microbatch of each pipeline.
-
-    Raises:
-        ValueError: fewer microbatches than pipelines.
-    """
-    if total < len(period_s):
-        raise ValueError(f"{total} microbatches are too few for {len(period_s)} pipelines")
-    speed = [1 / p for p in period_s]
-    counts = [max(1, int(total * v / sum(speed))) for v in speed]
-    everyone = range(len(counts))
-    while sum(counts) < total:  # to who is done with one more the earliest
-        counts[min(everyone, key=lambda i: ((counts[i] + 1) * period_s[i], i))] += 1
-    while sum(counts) > total:  # from who is done last
-        givers = [i for i in everyone if counts[i] > 1]
-        counts[max(givers, key=lambda i: (counts[i] * period_s[i], i))] -= 1
-    return tuple(counts)
-
-
-def _bound_s(problem: Problem, depths: tuple[int, ...]) -> float:
-    """A time that no plan of this shape can beat: compute, spread evenly or in the best cut."""
-    training = problem.job.training
-    by_speed = sorted(problem.topology.devices, key=lambda d: -d.flops_per_s)
-    fastest = by_speed[: sum(depths)]
-    flops = 3 * layer_flops(problem.dims, training.seq_len, training.microbatch)
-    largest_run = -(-problem.dims.layers // max(depths))
-    busiest = -(-training.total_microbatches // len(depths))
-    by_stage = busiest * largest_run * flops / fastest[0].flops_per_s
-    return max(by_stage, lower_bound_s(problem.dims, training, fastest))
-
-
-def _rank(candidate: Plan) -> tuple[float, int, int]:
-    # Nine digits: sums in another order must not decide between equal plans.
-    stages = max(len(p.stages) for p in candidate.pipelines)
-    return float(f"{candidate.predicted_step_s:.9g}"), candidate.world_size, stages
-
-
-def _shapes(problem: Problem) -> list[tuple[int, ...]]:
-    """The depths of the pipelines of every plan that the job and the number of devices allow."""
-    job, layers = problem.job, problem.dims.layers
-    there = len(problem.topology.devices)
-    usable = min(there, job.scaling.max_devices or there)
-    if there < job.scaling.min_devices:
-        raise PlanError(
-            f"too few devices: scaling.min_devices is {job.scaling.min_devices}, but there are "
-            f"{there}; add devices or lower min_devices"
-        )
-    boundaries, pipelines = job.stage_boundaries(), job.fixed_pipelines()
-    if boundaries is not None and len(boundaries) > 1:
-        shapes = [tuple(len(b) - 1 for b in boundaries)]
+def _certified(problem: Problem, plan: Plan, budget: Budget) -> Plan:
+    """``plan`` with the best bound there is time for."""
+    assert plan.certificate is not None  # a draft has one, without a bound
+    modes, codecs = problem.modes, problem.options.codecs
+    if budget.spent(_TO_CERTIFY):
+        bound = Bound(0.0, "no time was left for a bound")
+        if problem.options.objective == "step-time":
+            least_s = lower_bound_s(problem.dims, problem.job.training, problem.topology.devices)
+            bound = Bound(least_s, "all devices compute all the time; weak: there was no time")
+    elif problem.options.objective == "dollars":
+        bound = dollars_bound(problem, modes, codecs)
     else:
-        stages = job.parallelism.stages
-        if boundaries is not None:
-            stages = len(boundaries[0]) - 1
-        most = min(usable, job.training.total_microbatches)
-        counts = range(1, most + 1) if pipelines is None else [pipelines]
-        depths = range(1, min(usable, layers) + 1) if stages is None else [stages]
-        shapes = [(s,) * p for p in counts for s in depths]
-    fitting = [shape for shape in shapes if sum(shape) <= usable]
-    if not fitting:
-        least = min(shapes, key=sum, default=(job.parallelism.stages or 1,))
-        limit = "" if usable == there else f" (scaling.max_devices; {there} are there)"
-        raise PlanError(
-            f"too few devices: {len(least)} pipeline(s) of {_counts(least)} stage(s) need "
-            f"{sum(least)}, but {usable} may be used{limit}; add devices, or ask for fewer "
-            "pipelines or stages in parallelism"
-        )
-    return fitting
-
-
-def _counts(values: Sequence[int]) -> str:
-    return ", ".join(map(str, sorted(set(values))))
-
-
-def _build(problem: Problem, depths: tuple[int, ...], cutoff_s: float) -> Plan | None:
-    """The plan of one shape, or None if it is slower than ``cutoff_s``.
-
-    Raises:
-        DoesNotFitError: a stage is too large for its device.
-    """
-    job, dims, training = problem.job, problem.dims, problem.job.training
-    size = boundary_bytes(dims, training.seq_len, training.microbatch, training.precision)
-    chains = place(problem.topology, depths, size)
-
-    fixed = job.stage_boundaries()
-    fixed_cuts = (
-        None if fixed is None else [tuple(fixed[i % len(fixed)]) for i in range(len(depths))]
+        bound = step_time_bound(problem, modes, codecs)
+    value = plan.certificate.value
+    certificate = replace(
+        plan.certificate, lower_bound=min(bound.value, value), argument=bound.argument
     )
-    if job.parallelism.microbatches is not None:
-        microbatches = tuple(job.parallelism.microbatches)
+    return replace(plan, certificate=certificate)
+
+
+def _rank(plan: Plan) -> tuple[float, int, int]:
+    assert plan.certificate is not None  # a draft has one
+    stages = max(len(p.stages) for p in plan.pipelines)
+    return float(f"{plan.certificate.value:.9g}"), plan.world_size, stages
+
+
+def _constructed(
+    problem: Problem, evaluator: Evaluator, expired: Callable[[], bool]
+) -> list[Evaluation]:
+    """The best construction of each shape, best first."""
+    usable = [i for i, device in enumerate(problem.topology.devices) if problem.fits_any(device)]
+    best: dict[tuple[int, ...], Evaluation] = {}
+    least = float("inf")
+    left = _CONSTRUCTIONS
+    seen: set[Candidate] = set()
+    for bound_s, candidate in chain(_sketched(evaluator, usable), _placed(problem, usable)):
+        if problem.options.objective == "step-time" and bound_s > _PROMISING * least:
+            continue
+        if candidate in seen:
+            continue
+        seen.add(candidate)
+        found = evaluator(candidate)
+        left -= sum(len(c.devices) for c in candidate)
+        if found is not None:
+            shape = tuple(sorted({len(c.devices) for c in candidate}))
+            if shape not in best or found.rank < best[shape].rank:
+                best[shape] = found
+                least = min(least, found.step_s)
+        if best and (left <= 0 or expired()):
+            break
+    return sorted(best.values(), key=lambda e: e.rank)
+
+
+def _sketched(evaluator: Evaluator, usable: list[int]) -> Iterator[tuple[float, Candidate]]:
+    problem = evaluator.problem
+    shape = Shape.of(problem)
+    if shape.cuts is not None and len(shape.cuts) > 1:
+        return  # pipelines of given, unequal depths: only placed by rule
+    for sketch in sketches(evaluator, usable):
+        for candidate in candidates(problem, sketch):
+            yield sketch.bound_s, candidate
+
+
+def _placed(problem: Problem, usable: list[int]) -> Iterator[tuple[float, Candidate]]:
+    """Plans by the placement rule, for every shape; last, because there are many."""
+    shape, layers = Shape.of(problem), problem.dims.layers
+    topology = problem.topology.with_devices(problem.topology.devices[d] for d in usable)
+    most = min(len(usable), shape.max_devices or len(usable))
+    shapes: Iterator[tuple[int, ...]]
+    if shape.cuts is not None and len(shape.cuts) > 1:
+        shapes = iter([tuple(len(cut) - 1 for cut in shape.cuts)])
     else:
-        # Speeds as if memory did not matter: what memory allows depends on the microbatches.
-        free = fixed_cuts or [_cut_freely(problem, chain) for chain in chains]
-        periods = [_times(problem, c, b).period_s for c, b in zip(chains, free, strict=True)]
-        microbatches = split_microbatches(training.total_microbatches, periods)
-
-    pipelines: list[PipelinePlan] = []
-    notes: list[str] = []
-    first = 0
-    for i, (chain, count) in enumerate(zip(chains, microbatches, strict=True)):
-        if fixed_cuts is not None:
-            cut = fixed_cuts[i]
-        else:
-            cut = _cut_for_memory(problem, chain, count, len(depths))
-        stages = _stages(problem, i, chain, cut, count, len(depths), notes)
-        pipelines.append(PipelinePlan(stages, count, first))
-        first += count
-
-    devices = tuple(device for chain in chains for device in chain)
-    prediction = predict_step(
-        dims,
-        training,
-        pipelines,
-        job.parallelism.schedule,
-        job.parallelism.gradient_sync,
-        problem.topology,
-        problem.devices,
-        cutoff_s,
-    )
-    if prediction is None:
-        return None
-    return Plan(
-        layers=dims.layers,
-        pipelines=tuple(pipelines),
-        schedule=job.parallelism.schedule,
-        gradient_sync=job.parallelism.gradient_sync,
-        devices=devices,
-        predicted_step_s=prediction.step_s,
-        lower_bound_s=lower_bound_s(dims, training, devices),
-        notes=tuple(notes),
-    )
-
-
-def _times(problem: Problem, chain: Sequence[Device], cut: Boundaries) -> PipelineTimes:
-    runs = list(pairwise(cut))
-    return pipeline_times(problem.dims, problem.job.training, runs, chain, problem.topology)
-
-
-def _cut(
-    problem: Problem, chain: Sequence[Device], max_layers: Sequence[int] | None = None
-) -> Boundaries | None:
-    """The cut with the fastest slowest stage; None if ``max_layers`` can't be obeyed."""
-    dims, training = problem.dims, problem.job.training
-
-    def work(layer: int, device: Device) -> float:
-        run = layer, layer + 1
-        seconds = forward_s(dims, training, run, device) + backward_s(dims, training, run, device)
-        return seconds * device.flops_per_s
-
-    costs = [work(0, chain[0])]
-    if dims.layers > 1:
-        inner = work(1, chain[0]) if dims.layers > 2 else 0.0
-        costs += [inner] * (dims.layers - 2) + [work(dims.layers - 1, chain[-1])]
-    return weighted(costs, [d.flops_per_s for d in chain], max_layers)
-
-
-def _cut_freely(problem: Problem, chain: Sequence[Device]) -> Boundaries:
-    cut = _cut(problem, chain)
-    assert cut is not None  # there are at least as many layers as stages
-    return cut
-
-
-def _cut_for_memory(
-    problem: Problem, chain: Sequence[Device], microbatches: int, pipelines: int
-) -> Boundaries:
-    """The best cut that fits with the schedule's usual activations, or else with the fewest.
-
-    Where none fits: the best cut regardless, so that what is short of it can be told.
-    """
-    stages = len(chain)
-    usual = [min(stages - s, microbatches) for s in range(stages)]
-    attempts = [[microbatches] * stages] if problem.gpipe else [usual, [1] * stages]
-    for in_flight in attempts:
-        max_layers = [
-            problem.most_layers(s, stages, held, device, pipelines)
-            for s, (device, held) in enumerate(zip(chain, in_flight, strict=True))
-        ]
-        cut = _cut(problem, chain, max_layers)
-        if cut is not None:
-            return cut
-    return _cut_freely(problem, chain)
-
-
-def _stages(
-    problem: Problem,
-    pipeline: int,
-    chain: Sequence[Device],
-    cut: Boundaries,
-    microbatches: int,
-    pipelines: int,
-    notes: list[str],
-) -> tuple[StagePlan, ...]:
-    """Stages with their warmup and memory; adds to ``notes``.  Raises DoesNotFitError."""
-    runs = list(pairwise(cut))
-    least = microbatches if problem.gpipe else 1
-    problem.check_memory(pipeline, runs, chain, [least] * len(chain), pipelines)
-    if problem.gpipe:
-        warmup = in_flight = [microbatches] * len(chain)
-    else:
-        times = _times(problem, chain, cut)
-
-        def warmups(max_in_flight: Sequence[int]) -> list[int]:
-            return warmup_forwards(
-                len(chain),
-                microbatches,
-                times.hop_s(),
-                times.forward_s,
-                times.backward_s,
-                max_in_flight,
-                problem.job.parallelism.extra_warmup,
+        counts = range(1, most + 1) if shape.pipelines is None else [shape.pipelines]
+        depths = range(1, layers + 1) if shape.stages is None else [shape.stages]
+        shapes = ((d,) * p for p in counts for d in depths if d * p <= most)
+    index = problem.table.index
+    for wanted in shapes:
+        if sum(wanted) <= most:
+            chains = place(topology, wanted, problem.message_bytes)
+            yield (
+                0.0,
+                tuple(
+                    Chain(tuple(index[d.id] for d in devices), shape.cut(i))
+                    for i, devices in enumerate(chains)
+                ),
             )
-
-        room = [
-            problem.most_in_flight(run, device, microbatches, pipelines)
-            for run, device in zip(runs, chain, strict=True)
-        ]
-        warmup, wanted = warmups(room), warmups([microbatches] * len(chain))
-        if warmup != wanted:
-            notes.append(f"pipeline {pipeline}: memory limits warmup to {warmup}, not {wanted}")
-        in_flight = [w + 1 for w in warmup]
-    return tuple(
-        StagePlan(
-            device=device.id,
-            layers=run,
-            warmup=w,
-            memory_bytes=problem.memory(run, held, device, pipelines).total,
-        )
-        for run, device, w, held in zip(runs, chain, warmup, in_flight, strict=True)
-    )
-
-
-def _advice(job: JobSpec, dims: ModelDims) -> str:
-    options = []
-    if (job.parallelism.stages or 1) < dims.layers or job.parallelism.layers is not None:
-        options.append("more stages (more devices, or fewer layers on this one)")
-    if job.training.microbatch > 1:
-        options.append(f"a smaller training.microbatch than {job.training.microbatch}")
-    if not job.training.recompute:
-        options.append("training.recompute: true")
-    if job.parallelism.schedule == "gpipe":
-        options.append("parallelism.schedule: 1f1b")
-    options.append("devices with more memory")
-    return f"Use {', or '.join(options)}."

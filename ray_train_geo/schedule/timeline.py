@@ -7,8 +7,8 @@ enter it one behind the other, ``transfer_s`` each, and arrive ``latency_s`` aft
                 \\  \\  \\          sends overlap compute
     stage 1        F0 F1 F2
 
-An action starts when its stage is free and its input has come: F needs the activations of the
-stage above, B the gradients of the stage below (on the last stage: its own F).
+Each hop has the network to itself here, so a message's arrival is known when it is sent.  For hops
+that share what they run over, see :mod:`ray_train_geo.simulation`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ray_train_geo.schedule.actions import Action, Kind
+from ray_train_geo.schedule.pipeline_run import PipelineRun
 
-__all__ = ["Hop", "Span", "Timeline", "timeline"]
+__all__ = ["Hop", "PrivateWire", "Span", "Timeline", "timeline"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,23 @@ class Timeline:
     actions: tuple[tuple[Action, ...], ...]
     starts_s: tuple[tuple[float, ...], ...]
     ends_s: tuple[tuple[float, ...], ...]
+
+    @classmethod
+    def of(cls, run: PipelineRun) -> Timeline:
+        """The times of a run that has come to its end.
+
+        Raises:
+            ValueError: a deadlock; the message names the stages that are stuck and what they
+                wait for.
+        """
+        stuck = run.stuck()
+        if stuck:
+            raise ValueError(f"the schedule deadlocks: {', '.join(stuck)}")
+        return cls(
+            tuple(tuple(todo) for todo in run.actions),
+            tuple(tuple(t) for t in run.starts_s),
+            tuple(tuple(t) for t in run.ends_s),
+        )
 
     @property
     def makespan_s(self) -> float:
@@ -101,6 +119,22 @@ def _symbol(action: Action) -> str:
     return chr(ord("a") + action.microbatch % 26)
 
 
+class PrivateWire:
+    """A wire that shares nothing: arrivals follow from what went before."""
+
+    __slots__ = ("_free_s", "_latency_s", "_transfer_s")
+
+    def __init__(self, hop: Hop) -> None:
+        self._latency_s = hop.latency_s
+        self._transfer_s = hop.transfer_s
+        self._free_s = 0.0  # when it can take the next message
+
+    def send(self, microbatch: int, ready_s: float) -> float:
+        start = ready_s if ready_s > self._free_s else self._free_s
+        self._free_s = start + self._transfer_s
+        return self._free_s + self._latency_s
+
+
 def timeline(
     actions: Sequence[Sequence[Action]],
     forward_s: Sequence[float],
@@ -108,7 +142,7 @@ def timeline(
     forward_hop: Sequence[Hop],
     backward_hop: Sequence[Hop],
 ) -> Timeline:
-    """Simulate one step of one pipeline.
+    """Simulate one step of one pipeline whose hops share nothing.
 
     Args:
         actions: ``[stages][any]``; each stage's schedule.
@@ -120,68 +154,8 @@ def timeline(
         ValueError: lengths that do not match, a stage without actions, or a deadlock; then the
             message names the stages that are stuck and what they wait for.
     """
-    stages = len(actions)
-    if not (stages == len(forward_s) == len(backward_s)) or not all(actions):
-        raise ValueError(f"forward_s, backward_s and actions are needed for all {stages} stages")
-    if not (stages - 1 == len(forward_hop) == len(backward_hop)):
-        raise ValueError(f"{stages} stages have {stages - 1} hops in each direction")
-    last = stages - 1
-    count = 1 + max(a.microbatch for todo in actions for a in todo)
-    # When the input of F (of B) on a stage arrives; None: not sent yet.
-    activations: list[list[float | None]] = [[None] * count for _ in range(stages)]
-    gradients: list[list[float | None]] = [[None] * count for _ in range(stages)]
-    activations[0] = [0.0] * count
-    starts: list[list[float]] = [[] for _ in range(stages)]
-    ends: list[list[float]] = [[] for _ in range(stages)]
-    down_free_s = [0.0] * stages  # when the hop below can take the next message
-    up_free_s = [0.0] * stages
-
-    # Run a stage until it waits; whoever got a message from it is looked at (again).  The result
-    # does not depend on the order: all messages of a hop are of one stage, in that stage's order.
-    queued = [True] * stages
-    todo_stages = list(reversed(range(stages)))
-    while todo_stages:
-        s = todo_stages.pop()
-        queued[s] = False
-        now = ends[s][-1] if ends[s] else 0.0
-        sent_down = sent_up = False
-        for action in actions[s][len(ends[s]) :]:
-            m = action.microbatch
-            forward = action.kind == "F"
-            arrival = activations[s][m] if forward else gradients[s][m]
-            if arrival is None:
-                break
-            start = arrival if arrival > now else now
-            now = start + (forward_s[s] if forward else backward_s[s])
-            starts[s].append(start)
-            ends[s].append(now)
-            if forward:
-                if s == last:
-                    gradients[s][m] = now
-                    continue
-                hop = forward_hop[s]
-                down_free_s[s] = max(now, down_free_s[s]) + hop.transfer_s
-                activations[s + 1][m] = down_free_s[s] + hop.latency_s
-                sent_down = True
-            elif s > 0:
-                hop = backward_hop[s - 1]
-                up_free_s[s] = max(now, up_free_s[s]) + hop.transfer_s
-                gradients[s - 1][m] = up_free_s[s] + hop.latency_s
-                sent_up = True
-        for neighbour, sent in ((s + 1, sent_down), (s - 1, sent_up)):
-            if sent and not queued[neighbour]:
-                queued[neighbour] = True
-                todo_stages.append(neighbour)
-
-    stuck = [
-        f"stage {s} waits at {actions[s][len(ends[s])]}"
-        for s in range(stages)
-        if len(ends[s]) < len(actions[s])
-    ]
-    if stuck:
-        raise ValueError(f"the schedule deadlocks: {', '.join(stuck)}")
-    return Timeline(
-        tuple(tuple(todo) for todo in actions),
-        tuple(tuple(t) for t in starts),
-        tuple(tuple(t) for t in ends),
-    )
+    down = [PrivateWire(hop) for hop in forward_hop]
+    up = [PrivateWire(hop) for hop in backward_hop]
+    run = PipelineRun(actions, forward_s, backward_s, down, up)
+    run.start()
+    return Timeline.of(run)

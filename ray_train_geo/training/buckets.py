@@ -30,7 +30,7 @@ class Bucket:
     """Gradients that travel as one message.
 
     Args:
-        holders: ranks that hold these weights, ascending.
+        holders: ranks that hold these weights, in the order of :func:`holders_of`.
         names: weights in the order of the flat buffer.
     """
 
@@ -60,13 +60,17 @@ def depth(name: str, dims: ModelDims) -> int:
 
 
 def holders_of(name: str, plan: Plan, dims: ModelDims) -> tuple[int, ...]:
-    """Ranks that hold the weight ``name``, ascending."""
+    """Ranks that hold the weight ``name``, in the order of their ring.
+
+    Ascending; for a tied token matrix first stages, then the last ones: neighbouring pipelines
+    are near each other, and so the ring goes the long way along a pipeline only twice.
+    """
     at = depth(name, dims)
     layer = min(max(at - 2, 0), dims.layers - 1)
-    holders = set(plan.holders(layer))
+    holders = plan.holders(layer)
     if at == 0 and dims.tied_embeddings:
-        holders |= set(plan.holders(dims.layers - 1))
-    return tuple(sorted(holders))
+        holders += tuple(r for r in plan.holders(dims.layers - 1) if r not in holders)
+    return holders
 
 
 def make_buckets(

@@ -1,0 +1,245 @@
+"""Plans that have structure: where the local search starts, and often where it ends.
+
+Devices stand in a line, near ones next to each other, in islands (`planning.lines`).  A
+construction cuts each island into pipelines in one of two ways::
+
+    island of 8, depth 4        along:  a a a a b b b b     a pipeline stays near itself:
+                                                            hops are short, syncs are long
+                                across: a b a b a b a b     a stage's holders stay near each
+                                                            other: syncs are short, hops long
+
+Islands of every size lie between the two: pipelines along single regions, or across continents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+
+import numpy as np
+
+from ray_train_geo.model.catalog import total_parameters
+from ray_train_geo.planning.evaluate import Candidate, Chain, Evaluator
+from ray_train_geo.planning.lines import Line, lines
+from ray_train_geo.planning.pipeline_cost import cut_for
+from ray_train_geo.planning.problem import Problem
+
+__all__ = ["Shape", "Sketch", "candidates", "sketches"]
+
+_PROMISING = 2.0
+"""A sketch whose compute takes this much longer than the best one's is not estimated."""
+
+_SAMPLES = 3
+"""Pipelines of each island that an estimate looks at."""
+
+_GRADIENT_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the job fixes; None is open."""
+
+    stages: int | None = None
+    pipelines: int | None = None
+    cuts: tuple[tuple[int, ...], ...] | None = None
+    max_devices: int | None = None
+
+    @classmethod
+    def of(cls, problem: Problem) -> Shape:
+        job = problem.job
+        boundaries = job.stage_boundaries()
+        cuts = None if boundaries is None else tuple(tuple(b) for b in boundaries)
+        stages = job.parallelism.stages
+        if cuts is not None and len(cuts) == 1:
+            stages = len(cuts[0]) - 1
+        return cls(stages, job.fixed_pipelines(), cuts, job.scaling.max_devices)
+
+    def cut(self, pipeline: int) -> tuple[int, ...] | None:
+        """The boundaries of a pipeline, if they are fixed."""
+        return None if self.cuts is None else self.cuts[pipeline % len(self.cuts)]
+
+
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """A line, a depth for each of its islands, and a direction: not yet pipelines.
+
+    Args:
+        bound_s: what compute alone takes about.
+    """
+
+    line: Line
+    depths: tuple[int, ...]
+    across: bool
+    bound_s: float
+
+    def chains(self) -> tuple[list[tuple[int, ...]], list[int]]:
+        """The islands' pipelines, and the devices that are left over."""
+        found: list[tuple[int, ...]] = []
+        rest: list[int] = []
+        for island, depth in zip(self.line, self.depths, strict=True):
+            count = len(island) // depth
+            used = island[: count * depth]
+            rest += island[count * depth :]
+            found += (
+                (used[p::count] if self.across else used[p * depth : (p + 1) * depth])
+                for p in range(count)
+            )
+        return found, rest
+
+
+def sketches(evaluator: Evaluator, usable: Sequence[int]) -> list[Sketch]:
+    """All sketches that may be good, those with the best estimates first."""
+    problem = evaluator.problem
+    shape, total = Shape.of(problem), problem.job.training.total_microbatches
+    rates = _Rates(problem)
+    found: list[Sketch] = []
+    best_s = np.inf
+    for line in lines(problem, usable, shape.max_devices):
+        for depths in _depths(problem, line, shape, rates):
+            rate = sum(rates.of(island, d) for island, d in zip(line, depths, strict=True))
+            if rate <= 0:
+                continue
+            best_s = min(best_s, total / rate)
+            if total / rate <= _PROMISING * best_s:
+                found.append(Sketch(line, depths, False, total / rate))
+                if max(depths) > 1:
+                    found.append(Sketch(line, depths, True, total / rate))
+    found = [s for s in found if s.bound_s <= _PROMISING * best_s]
+    return sorted(found, key=lambda s: _estimate_s(evaluator, s))
+
+
+def candidates(problem: Problem, sketch: Sketch) -> Iterator[Candidate]:
+    """The plans of one sketch: with pipelines of what is left over, and without."""
+    shape = Shape.of(problem)
+    chains, rest = sketch.chains()
+    depth = min(sketch.depths)
+    more = [tuple(rest[p * depth : (p + 1) * depth]) for p in range(len(rest) // depth)]
+    for found in ([*chains, *more], chains) if more else (chains,):
+        limited = _limited(problem, shape, found)
+        if limited:
+            yield tuple(Chain(c, shape.cut(i)) for i, c in enumerate(limited))
+
+
+def _limited(
+    problem: Problem, shape: Shape, chains: Sequence[tuple[int, ...]]
+) -> list[tuple[int, ...]]:
+    """No more pipelines and devices than allowed: the fastest of them, in their order."""
+    speed = [sum(problem.topology.devices[d].flops_per_s for d in c) for c in chains]
+    order = sorted(range(len(chains)), key=lambda i: (-speed[i] / len(chains[i]), i))
+    if shape.pipelines is not None:
+        if len(chains) < shape.pipelines:
+            return []
+        order = order[: shape.pipelines]
+    order = order[: problem.job.training.total_microbatches]
+    if shape.max_devices is not None:
+        totals = list(accumulate(len(chains[i]) for i in order))
+        order = order[: sum(total <= shape.max_devices for total in totals)]
+    return [chains[i] for i in sorted(order)]
+
+
+def _depths(problem: Problem, line: Line, shape: Shape, rates: _Rates) -> Iterator[tuple[int, ...]]:
+    """Depths of each island's pipelines: the same everywhere, or the fastest of each."""
+    if shape.stages is not None:
+        yield (shape.stages,) * len(line)
+        return
+    layers = problem.dims.layers
+    longest = min(layers, max(map(len, line)))
+    for depth in range(1, longest + 1):
+        yield (depth,) * len(line)
+    fastest = tuple(rates.best_depth(island, min(layers, len(island))) for island in line)
+    if len(set(fastest)) > 1:
+        yield fastest
+
+
+class _Rates:
+    """Microbatches per second of an island's pipelines, by compute alone."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._islands: dict[tuple[tuple[tuple[int, int], ...], int], float] = {}
+        self._chains: dict[tuple[int, ...], float] = {}
+        self._runs: dict[int, tuple[tuple[int, int], ...]] = {}
+
+    def of(self, island: Sequence[int], depth: int) -> float:
+        """All whole pipelines of ``depth`` along ``island``; 0 if the model fits none of them."""
+        kinds = self._problem.kinds
+        known = self._runs.get(id(island))
+        if known is None:
+            runs = groupby(island, key=kinds.__getitem__)
+            known = self._runs[id(island)] = tuple((k, len(list(g))) for k, g in runs)
+        key = known, depth
+        if key not in self._islands:
+            self._islands[key] = self._rate(island, known, depth)
+        return self._islands[key]
+
+    def _rate(self, island: Sequence[int], runs: tuple[tuple[int, int], ...], depth: int) -> float:
+        total, at, start = 0.0, 0, 0
+        for _, length in runs:
+            end = start + length
+            whole = max(0, (end - at) // depth)  # pipelines inside this run
+            if whole:
+                total += whole * self._chain(island[at : at + depth])
+                at += whole * depth
+            if at < end and at + depth <= len(island):  # one that begins in this run
+                total += self._chain(island[at : at + depth])
+                at += depth
+            start = end
+        return total
+
+    def best_depth(self, island: Sequence[int], most: int) -> int:
+        """The depth with the highest rate along ``island``; the shallowest of equals."""
+        return max(range(1, most + 1), key=lambda depth: (self.of(island, depth), -depth))
+
+    def _chain(self, chain: Sequence[int]) -> float:
+        problem = self._problem
+        key = tuple(problem.kinds[d] for d in chain)
+        if key not in self._chains:
+            cut = cut_for(problem, chain, 2, 2 if problem.gpipe else 1)
+            rate = 0.0
+            if cut is not None:
+                work = problem.work
+                times = [
+                    (b - a) * sum(work.layer[d])
+                    for a, b, d in zip(cut, cut[1:], chain, strict=False)
+                ]
+                times[0] += sum(work.embedding[chain[0]])
+                times[-1] += sum(work.head[chain[-1]])
+                rate = 1 / max(times)
+            self._chains[key] = rate
+        return self._chains[key]
+
+
+def _estimate_s(evaluator: Evaluator, sketch: Sketch) -> float:
+    """About what a step takes: a few pipelines of each island stand for all of them."""
+    problem = evaluator.problem
+    table, total = problem.table, problem.job.training.total_microbatches
+    count = sum(len(i) // d for i, d in zip(sketch.line, sketch.depths, strict=True))
+    rate = 0.0
+    samples: list[tuple[int, ...]] = []
+    for island, depth in zip(sketch.line, sketch.depths, strict=True):
+        here = len(island) // depth
+        if not here:
+            continue
+        used = island[: here * depth]
+        picks = sorted({0, here // 2, here - 1})[:_SAMPLES]
+        chains = [
+            used[p::here] if sketch.across else used[p * depth : (p + 1) * depth] for p in picks
+        ]
+        samples += chains
+        for chain in chains:
+            cost = evaluator.pipeline(Chain(chain), count, -(-total // count))
+            if cost is not None:
+                rate += here / len(chains) / cost.period_s
+    if rate <= 0:
+        return float("inf")
+    if count == 1:
+        return total / rate
+    ends = np.array([[chain[0], chain[-1]] for chain in samples])
+    latency, per_byte = table.hops(ends[:, None, :], ends[None, :, :])
+    depth = max(sketch.depths)
+    size = _GRADIENT_BYTES * total_parameters(problem.dims) / depth
+    nodes = table.node[np.array([d for i in sketch.line for d in i])]
+    nic = np.bincount(nodes, minlength=len(table.nodes)) * table.out_seconds_per_byte
+    sync = 2 * max(float((latency + size / count * per_byte).max()), float(nic.max()) * size)
+    return total / rate + sync

@@ -1,0 +1,137 @@
+"""What the stages of one pipeline do as messages reach them, whatever carries the messages.
+
+An action starts when its stage is free and its input has come: F needs the activations of the
+stage above, B the gradients of the stage below (on the last stage: its own F).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from ray_train_geo.schedule.actions import Action, Kind
+
+__all__ = ["PipelineRun", "Wire"]
+
+
+class Wire(Protocol):
+    """What carries the messages of one directed hop, in the order in which they are sent."""
+
+    def send(self, microbatch: int, ready_s: float) -> float | None:
+        """Take a message that exists from ``ready_s`` on.
+
+        Returns:
+            When it arrives; None if that depends on what else happens: whoever made the wire
+            then calls :meth:`PipelineRun.deliver`.
+        """
+
+
+class PipelineRun:
+    """The stages of one pipeline, each as far in its schedule as its messages let it.
+
+    A stage runs ahead of all others until it needs a message that has no arrival time yet: when
+    an action starts depends on the stage's earlier actions and on arrivals, on nothing else.
+
+    ``starts_s[s][i]`` and ``ends_s[s][i]`` are of ``actions[s][i]``, as far as the stage has come.
+
+    Args:
+        actions: ``[stages][any]``; each stage's schedule.
+        forward_s, backward_s: ``[stages]``; seconds of one microbatch.
+        down: ``[stages - 1]``; from stage ``s`` to ``s + 1``.
+        up: ``[stages - 1]``; from stage ``s + 1`` to ``s``.
+
+    Raises:
+        ValueError: lengths that do not match, or a stage without actions.
+    """
+
+    def __init__(
+        self,
+        actions: Sequence[Sequence[Action]],
+        forward_s: Sequence[float],
+        backward_s: Sequence[float],
+        down: Sequence[Wire],
+        up: Sequence[Wire],
+    ) -> None:
+        stages = len(actions)
+        if not (stages == len(forward_s) == len(backward_s)) or not all(actions):
+            raise ValueError(
+                f"forward_s, backward_s and actions are needed for all {stages} stages"
+            )
+        if not (stages - 1 == len(down) == len(up)):
+            raise ValueError(f"{stages} stages have {stages - 1} hops in each direction")
+        count = 1 + max(a.microbatch for todo in actions for a in todo)
+        self.actions = actions
+        self._forward_s, self._backward_s = forward_s, backward_s
+        self._down, self._up = down, up
+        # When the input of F (of B) on a stage arrives; None: not known yet.
+        self._activations: list[list[float | None]] = [[None] * count for _ in range(stages)]
+        self._gradients: list[list[float | None]] = [[None] * count for _ in range(stages)]
+        self._activations[0] = [0.0] * count
+        self.starts_s: list[list[float]] = [[] for _ in range(stages)]
+        self.ends_s: list[list[float]] = [[] for _ in range(stages)]
+
+    def start(self) -> None:
+        """Let all stages run."""
+        self._run(list(reversed(range(len(self.actions)))))
+
+    def deliver(self, stage: int, kind: Kind, microbatch: int, arrival_s: float) -> None:
+        """Give a stage the input of one action, and let it (and whom it sends to) run on."""
+        inputs = self._activations if kind == "F" else self._gradients
+        inputs[stage][microbatch] = arrival_s
+        self._run([stage])
+
+    def _run(self, stages: list[int]) -> None:
+        # Whoever got a message is looked at (again).  The result does not depend on the order:
+        # all messages of a hop are of one stage, in that stage's order.
+        while stages:
+            s = stages.pop()
+            for neighbour in self._run_stage(s):
+                if neighbour not in stages:
+                    stages.append(neighbour)
+
+    def _run_stage(self, s: int) -> list[int]:
+        """Run a stage until it waits; returns the stages that got a message."""
+        todo, starts, ends = self.actions[s], self.starts_s[s], self.ends_s[s]
+        activations, gradients = self._activations[s], self._gradients[s]
+        forward_s, backward_s = self._forward_s[s], self._backward_s[s]
+        last = s == len(self.actions) - 1
+        now = ends[-1] if ends else 0.0
+        sent_down = sent_up = False
+        for i in range(len(ends), len(todo)):
+            action = todo[i]
+            m = action.microbatch
+            forward = action.kind == "F"
+            needed = activations[m] if forward else gradients[m]
+            if needed is None:
+                break
+            start = needed if needed > now else now
+            now = start + (forward_s if forward else backward_s)
+            starts.append(start)
+            ends.append(now)
+            if forward:
+                if last:
+                    gradients[m] = now
+                    continue
+                arrival = self._down[s].send(m, now)
+                if arrival is not None:
+                    self._activations[s + 1][m] = arrival
+                    sent_down = True
+            elif s > 0:
+                arrival = self._up[s - 1].send(m, now)
+                if arrival is not None:
+                    self._gradients[s - 1][m] = arrival
+                    sent_up = True
+        reached = []
+        if sent_down:
+            reached.append(s + 1)
+        if sent_up:
+            reached.append(s - 1)
+        return reached
+
+    def stuck(self) -> list[str]:
+        """What the stages that have not done all of their actions wait for."""
+        return [
+            f"stage {s} waits at {todo[len(self.ends_s[s])]}"
+            for s, todo in enumerate(self.actions)
+            if len(self.ends_s[s]) < len(todo)
+        ]
