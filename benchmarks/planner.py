@@ -18,7 +18,6 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -26,9 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_train_geo.cluster.random_topology import random_topology
-from ray_train_geo.cluster.scenarios import SCENARIOS, scenario
+from ray_train_geo.cluster.scenarios import scenario
 from ray_train_geo.cluster.topology import Topology
-from ray_train_geo.errors import PlanError
 from ray_train_geo.planning.baselines import even_plan, megatron_chains, random_chains
 from ray_train_geo.planning.budget import Budget
 from ray_train_geo.planning.dtfm_assignment import dtfm_assignment

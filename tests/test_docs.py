@@ -128,7 +128,7 @@ def test_gpt3_xl_example_gets_a_plan_over_three_regions() -> None:
     assert {d.region for d in used} == {"virginia", "ohio", "oregon"}
     runs = {s.layers[1] - s.layers[0] for p in made.pipelines for s in p.stages}
     assert len(runs) > 1  # an A100 gets more layers than an A10G
-    assert made.lower_bound_s < made.predicted_step_s < 600
+    assert made.certificate.lower_bound < made.predicted_step_s < 600
 
 
 def test_readme_lists_the_commands() -> None:

@@ -147,7 +147,7 @@ def test_a_job_on_a_topology_file(job: Path, topology: Path) -> None:
 
 def test_a_job_on_a_scenario(job: Path) -> None:
     found = strict(invoke(job, "--scenario", "universities", "--moves", 0, "--json").stdout)
-    assert {d["region"] for d in found["devices"]} <= {"ohio", "virginia"}
+    assert {d["region"].lower() for d in found["devices"]} <= {"ohio", "virginia"}
 
 
 def test_dollars_and_codecs(topology: Path) -> None:

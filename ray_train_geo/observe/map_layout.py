@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from ray_train_geo.cluster.topology import Device
 from ray_train_geo.observe.places import Point
 
-__all__ = ["Box", "Cell", "Panel", "Seat", "panel_of", "spread", "square_size"]
+__all__ = [
+    "Box",
+    "Cell",
+    "Panel",
+    "Seat",
+    "devices_per_square",
+    "panel_of",
+    "spread",
+    "square_size",
+]
 
 Seat = tuple[int, int]
 """(pipeline, stage)"""
@@ -98,6 +107,11 @@ def square_size(devices: int) -> float:
     return 0.27 if devices <= 96 else 0.18 if devices <= 400 else 0.095
 
 
+def devices_per_square(devices: int) -> int:
+    """How many devices share a square, in a picture of so many."""
+    return -(-devices // _MOST_SQUARES)
+
+
 def panel_of(
     region: str, devices: Sequence[Device], seats: Mapping[str, Seat], total: int
 ) -> Panel:
@@ -108,7 +122,7 @@ def panel_of(
         seats: by device id.
         total: devices in the whole picture.
     """
-    size, each = square_size(total), -(-total // _MOST_SQUARES)
+    size, each = square_size(total), devices_per_square(total)
     nodes = _nodes(devices, seats, each)
     most = sum(min(len(node), _MOST_COLUMNS) for node in nodes)
     about = math.sqrt(_ASPECT * sum(map(len, nodes)))

@@ -13,8 +13,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, PathPatch, Rectangle
 from matplotlib.path import Path
 
-from ray_train_geo.cluster.topology import Device, Topology
-from ray_train_geo.observe.map_layout import Box, Panel, Seat, panel_of, spread, square_size
+from ray_train_geo.cluster.topology import Topology
+from ray_train_geo.observe.map_layout import (
+    Box,
+    Panel,
+    Seat,
+    devices_per_square,
+    panel_of,
+    spread,
+    square_size,
+)
 from ray_train_geo.observe.places import Point, arranged
 from ray_train_geo.observe.rendering import GRID, INK, MUTED, PAPER
 from ray_train_geo.planning.codecs import CODECS
@@ -63,7 +71,8 @@ def plan_map(plan: Plan, topology: Topology | None = None) -> Figure:
     leaves out are grey, lines tell latency and bandwidth, and regions whose names say nothing are
     placed by latency.
     """
-    devices = plan.devices if topology is None else topology.devices
+    there = () if topology is None else topology.devices
+    devices = list({d.id: d for d in (*there, *plan.devices)}.values())
     seats = {plan.stage(r).device: (r.pipeline, r.stage) for r in plan.roles()}
     regions = sorted({d.region for d in devices})
     panels = [
@@ -88,7 +97,7 @@ def plan_map(plan: Plan, topology: Topology | None = None) -> Figure:
     _crossings(axes, plan, topology, dict(zip(regions, boxes, strict=True)), area)
     for panel, box in zip(panels, boxes, strict=True):
         _panel(axes, plan, panel, box, size)
-    _legend(axes, plan, bottom, per_row, how, len(seats) < len(devices), size > _SMALL)
+    _legend(axes, plan, bottom, per_row, list(_notes(plan, len(devices), how)))
     return figure
 
 
@@ -195,7 +204,7 @@ def _crossings(
             )  # fmt: skip
         text = f"{crossing.microbatches:,} microbatches"
         if topology is not None:
-            text += _link_text(topology, pair)
+            text += _link_text(plan, topology, pair)
         curve = _curve(boxes[a].centre, boxes[b].centre, bend, 0.0)
         _label(axes, text, curve, [boxes[a], boxes[b]], taken, area)
 
@@ -227,8 +236,8 @@ def _weight(codec: str) -> float:
     return (CODECS[codec].bits or _FULL_BITS) / _FULL_BITS
 
 
-def _link_text(topology: Topology, pair: tuple[str, str]) -> str:
-    first: dict[str, Device] = {d.region: d for d in reversed(topology.devices)}
+def _link_text(plan: Plan, topology: Topology, pair: tuple[str, str]) -> str:
+    first = {d.region: d for d in reversed(plan.devices)}
     link = topology.link(first[pair[0]], first[pair[1]])
     gbit = link.flow_bytes_per_s * 8 / 1e9
     return f"\n{link.latency_s * 1e3:.3g} ms, {gbit:.2g} Gbit/s"
@@ -296,32 +305,30 @@ def _label(
                 return
 
 
-def _legend(
-    axes: Axes,
-    plan: Plan,
-    top: float,
-    per_row: int,
-    how: str,
-    some_unused: bool,
-    numbered: bool,
-) -> None:
-    for p in range(min(len(plan.pipelines), _STYLES)):
+def _legend(axes: Axes, plan: Plan, top: float, per_row: int, notes: Sequence[str]) -> None:
+    count = min(len(plan.pipelines), _STYLES)
+    for p in range(count):
         x, y = _MARGIN + 1.15 * (p % per_row), top + 0.26 * (p // per_row)
         _square(axes, Box(x, y, 0.2, 0.2), (p, 0), numbered=False)
         _say(axes, (x + 0.27, y + 0.105), f"pipeline {p}", size=8, ha="left")
-    rows = -(-min(len(plan.pipelines), _STYLES) // per_row)
-    said = [
-        *(["numbers are stages"] if numbered else []),
-        "lines are hops: wider ones carry more, dashed ones cross regions",
-    ]
-    if how:
-        said.append(f"regions stand {how}")
-    if some_unused:
-        said.insert(1, "grey devices are not used")
+    y = top + 0.26 * -(-count // per_row) + 0.1
+    _say(axes, (_MARGIN, y), " · ".join(notes), size=7.5, colour=MUTED, ha="left")
+
+
+def _notes(plan: Plan, devices: int, how: str) -> Iterator[str]:
+    """How to read the picture."""
+    each = devices_per_square(devices)
     if len(plan.pipelines) > _STYLES:
-        said.insert(0, f"colours repeat every {_STYLES} pipelines")
-    y = top + 0.26 * rows + 0.1
-    _say(axes, (_MARGIN, y), " · ".join(said), size=7.5, colour=MUTED, ha="left")
+        yield f"colours repeat every {_STYLES} pipelines"
+    if each > 1:
+        yield f"a square stands for {each} devices"
+    elif square_size(devices) > _SMALL:
+        yield "numbers are stages"
+    if plan.world_size < devices:
+        yield "grey devices are not used"
+    yield "lines are hops: wider ones carry more, dashed ones cross regions"
+    if how:
+        yield f"regions stand {how}"
 
 
 def _hue(pipeline: int) -> str:

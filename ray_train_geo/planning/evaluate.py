@@ -11,9 +11,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from ray_train_geo.planning.cost import commit_s, optimizer_s
+from ray_train_geo.planning.cost import commit_s
 from ray_train_geo.planning.link_table import Floats, Ints, LinkTable
-from ray_train_geo.planning.memory import stage_parameters
 from ray_train_geo.planning.microbatches import split_microbatches
 from ray_train_geo.planning.pipeline_cost import PipelineCost, pipeline_cost
 from ray_train_geo.planning.problem import Problem
@@ -156,7 +155,7 @@ class Evaluator:
             [m - np.array(p.tail_s) for m, p in zip(makespans, pipelines, strict=True)]
         )
         last_start = end - np.concatenate([p.times.backward_s for p in pipelines])
-        update = self._optimizer_s(pipelines)
+        update = np.concatenate([p.update_s for p in pipelines])
         commit = commit_s(members, problem.table)
 
         best: tuple[float, Floats, GradientSyncName] | None = None
@@ -189,19 +188,6 @@ class Evaluator:
         return tuple(
             max(a, p.round_s + busy * (1 - 1 / m))
             for a, p, busy, m in zip(alone, pipelines, shared, microbatches, strict=True)
-        )
-
-    def _optimizer_s(self, pipelines: Sequence[PipelineCost]) -> Floats:
-        problem = self.problem
-        return np.array(
-            [
-                optimizer_s(
-                    stage_parameters(problem.dims, (p.cut[s], p.cut[s + 1])),
-                    problem.topology.devices[d],
-                )
-                for p in pipelines
-                for s, d in enumerate(p.devices)
-            ]
         )
 
 

@@ -42,8 +42,11 @@ _NOTICEABLE = 0.002
 _ALMOST_ALL = 0.9
 """A part that brings this much of what its whole group brings is named instead of the group."""
 
-_MOST_PARTS = 16
+_MOST_PARTS, _FEWEST_PARTS = 16, 4
 """Pairs of regions (or regions, or types) that are tried alone, of each kind: the busiest ones."""
+
+_MANY_STAGES = 16_384
+"""In all predictions of one kind: large plans try fewer parts."""
 
 _MODES: tuple[GradientSyncName, ...] = ("allreduce", "sharded_ps", "central_ps")
 
@@ -102,11 +105,12 @@ def _gain(change: str, changed_s: float, step_s: float) -> Gain:
 
 
 def _by_lever(problem: Problem, plan: Plan, step_s: float) -> Iterator[Gain]:
+    few = max(_FEWEST_PARTS, min(_MOST_PARTS, _MANY_STAGES // plan.world_size))
     for group in _levers(problem, plan):
         whole = _gain(group.change, _stepped(problem, plan, group), step_s)
         if whole.saved < _NOTICEABLE:
             continue
-        parts = [_gain(p.change, _stepped(problem, plan, p), step_s) for p in group.parts]
+        parts = [_gain(p.change, _stepped(problem, plan, p), step_s) for p in group.parts[:few]]
         if not any(p.saved >= _ALMOST_ALL * whole.saved for p in parts):
             yield whole
         yield from parts
@@ -162,7 +166,7 @@ def _levers(problem: Problem, plan: Plan) -> Iterator[_Lever]:
         "twice the NICs' bandwidth",
         [
             (f" of the nodes in {r}", _nics(nodes[r]))
-            for r in regions[:_MOST_PARTS]
+            for r in regions
             if nodes[r] & topology.node_uplinks.keys()
         ],
         _nics({d.node for d in used}),
@@ -170,13 +174,13 @@ def _levers(problem: Problem, plan: Plan) -> Iterator[_Lever]:
     shared = [p for p in between if {p, p[::-1]} & topology.region_uplinks.keys()]
     yield from _group(
         "twice the shared uplinks",
-        [(f" between {a} and {b}", _uplinks([(a, b)])) for a, b in shared[:_MOST_PARTS]],
+        [(f" between {a} and {b}", _uplinks([(a, b)])) for a, b in shared],
         _uplinks(shared),
     )
     types = sorted({d.type for d in used})
     yield from _group(
         f"{_FASTER - 1:.0%} faster devices",
-        [(f" of type {t}", _faster({t})) for t in types[:_MOST_PARTS]],
+        [(f" of type {t}", _faster({t})) for t in types],
         _faster(set(types)),
     )
 
@@ -206,9 +210,7 @@ def _link_levers(
     topology: Topology, where: str, name: str, pairs: Sequence[Pair]
 ) -> Iterator[_Lever]:
     for change, better in _link_changes(topology):
-        parts = [
-            (" " + name.format(*pair), _relinked({pair}, better)) for pair in pairs[:_MOST_PARTS]
-        ]
+        parts = [(" " + name.format(*pair), _relinked({pair}, better)) for pair in pairs]
         for lever in _group(change, parts, _relinked(set(pairs), better)):
             yield replace(lever, change=f"{change} {where}")
 

@@ -20,8 +20,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
-import numpy as np
-
 from ray_train_geo.planning.constructions import Shape
 from ray_train_geo.planning.evaluate import Candidate, Chain, Evaluation, Evaluator
 
@@ -64,7 +62,7 @@ class _Search:
         self._rng = rng
         self._shape = Shape.of(evaluator.problem)
         self._free = self._shape.stages is None and self._shape.cuts is None
-        self._twin = _twins(evaluator)
+        self._twin = evaluator.problem.twins
         self._chains = [list(p.devices) for p in start.pipelines]
         self._spare = list(spare)
         self._current = self.best = start
@@ -168,20 +166,6 @@ class _Search:
             return False
         spare += chains.pop(rng.randrange(len(chains)))
         return True
-
-
-def _twins(evaluator: Evaluator) -> list[int]:
-    """Devices with equal numbers can stand for each other: alike, and alone on alike nodes."""
-    problem = evaluator.problem
-    table, kinds = problem.table, problem.kinds
-    alone = np.bincount(table.node)[table.node] == 1
-    numbers: dict[tuple[int, int, int], int] = {}
-    return [
-        numbers.setdefault(
-            (kinds[d], int(table.site[d]), -1 if alone[d] else int(table.node[d])), len(numbers)
-        )
-        for d in range(len(kinds))
-    ]
 
 
 def polish(

@@ -36,12 +36,16 @@ from ray_train_geo.spec import TrainingSpec
 __all__ = [
     "CPU_OVERHEAD_BYTES",
     "GPU_OVERHEAD_BYTES",
+    "STATE_BYTES_PER_PARAMETER",
     "MemoryEstimate",
     "is_cpu",
     "largest",
     "stage_memory_bytes",
     "stage_parameters",
 ]
+
+STATE_BYTES_PER_PARAMETER = 12
+"""What a layer's state is: fp32 weights (master copies, at a lower precision) and two moments."""
 
 CPU_OVERHEAD_BYTES = 300_000_000
 """A worker process with torch and Ray loaded and no model (measured: 180 MB PSS, plus buffers)."""
@@ -143,7 +147,7 @@ def stage_memory_bytes(
         parameters=parameters * (4 if fp32 else 6),
         gradients=parameters * (4 if fp32 else 6),
         optimizer=parameters * 8,
-        snapshot=parameters * 12 if cpu else 0,
+        snapshot=parameters * STATE_BYTES_PER_PARAMETER if cpu else 0,
         activations=in_flight * kept + working,
         messages=messages,
         overhead=CPU_OVERHEAD_BYTES if cpu else GPU_OVERHEAD_BYTES,

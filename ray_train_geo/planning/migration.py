@@ -22,7 +22,6 @@ from scipy.optimize import linear_sum_assignment
 from ray_train_geo.planning.evaluate import Candidate, Chain, Evaluation, Evaluator
 from ray_train_geo.planning.pipeline_cost import PipelineCost
 from ray_train_geo.planning.problem import Problem
-from ray_train_geo.planning.repair import twins
 from ray_train_geo.planning.transition import Holdings, Layers, Transition
 from ray_train_geo.spec import GradientSyncName
 
@@ -125,7 +124,7 @@ def with_least_moves(
     """
     chains = [list(chain.devices) for chain in candidate]
     places: dict[int, list[tuple[int, int]]] = {}
-    twin = twins(problem)
+    twin = problem.twins
     for p, chain in enumerate(chains):
         for s, device in enumerate(chain):
             places.setdefault(twin[device], []).append((p, s))

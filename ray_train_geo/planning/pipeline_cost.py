@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ray_train_geo.planning.codecs import codec_s, wire_bytes
-from ray_train_geo.planning.cost import memory_bytes_per_s
+from ray_train_geo.planning.cost import memory_bytes_per_s, optimizer_s
+from ray_train_geo.planning.memory import stage_parameters
 from ray_train_geo.planning.microbatches import makespan_s
 from ray_train_geo.planning.problem import Problem
 from ray_train_geo.planning.warmup import StageTimes, choose_warmup
@@ -56,6 +57,7 @@ class PipelineCost:
         lines: the makespan, as ``microbatches.makespan_s`` reads it.
         tail_s: ``[stages]``; from the end of a stage's last backward to the end of all.
         round_s: one microbatch alone, down and up.
+        update_s: ``[stages]``; the optimizer's.
         most: microbatches that there is memory for.
     """
 
@@ -68,6 +70,7 @@ class PipelineCost:
     lines: tuple[tuple[float, float], ...]
     tail_s: tuple[float, ...]
     round_s: float
+    update_s: tuple[float, ...]
     most: int
 
     def makespan_s(self, microbatches: int) -> float:
@@ -259,6 +262,10 @@ def pipeline_cost(
         lines=_gpipe_lines(times) if problem.gpipe else _lines(times, warmup, microbatches),
         tail_s=tuple(times.tail_s),
         round_s=times.round_s,
+        update_s=tuple(
+            optimizer_s(stage_parameters(problem.dims, run), problem.topology.devices[d])
+            for run, d in zip(pairwise(cut), devices, strict=True)
+        ),
         most=min(room) if problem.gpipe else problem.job.training.total_microbatches,
     )
 

@@ -74,6 +74,9 @@ class Problem:
     _estimates: dict[tuple[int, bool, bool, int, bool, bool], MemoryEstimate] = field(
         default_factory=dict, repr=False
     )
+    _most_layers: dict[tuple[bool, bool, int, bool, int, int, bool], int] = field(
+        default_factory=dict, repr=False
+    )
     _in_flight: dict[tuple[int, bool, bool, bool, int, int, bool], int] = field(
         default_factory=dict, repr=False
     )
@@ -121,6 +124,26 @@ class Problem:
             numbers.setdefault((d.flops_per_s, d.memory_bytes, is_cpu(d)), len(numbers))
             for d in self.topology.devices
         )
+
+    @cached_property
+    def twins(self) -> tuple[int, ...]:
+        """``[devices]``; devices with equal numbers can stand for each other.
+
+        They are of one kind and one price, and on one node or alone on nodes with equal links.
+        """
+        table = self.table
+        alone = np.bincount(table.node)[table.node] == 1
+        numbers: dict[tuple[object, ...], int] = {}
+        found = []
+        for d, device in enumerate(self.topology.devices):
+            node = table.node[d]
+            place: tuple[object, ...] = (int(node),)
+            if alone[d]:
+                nic = table.out_seconds_per_byte[node], table.in_seconds_per_byte[node]
+                place = int(table.site[d]), *map(float, nic)
+            key = self.kinds[d], device.price_per_hour, place
+            found.append(numbers.setdefault(key, len(numbers)))
+        return tuple(found)
 
     @property
     def message_elements(self) -> int:
@@ -231,12 +254,17 @@ class Problem:
     ) -> int:
         """How many layers fit on ``device`` as stage ``stage`` of ``stages``; 0 if not even one."""
         layers = self.dims.layers
+        first, last = stage == 0, stage == stages - 1
+        most = layers - stages + 1
+        key = first, last, in_flight, is_cpu(device), device.memory_bytes, most, pipelines > 1
+        if key not in self._most_layers:
 
-        def needs(count: int) -> int:
-            first = 0 if stage == 0 else layers - count if stage == stages - 1 else 1
-            return self.memory((first, first + count), in_flight, device, pipelines).total
+            def needs(count: int) -> int:
+                begin = 0 if first else layers - count if last else 1
+                return self.memory((begin, begin + count), in_flight, device, pipelines).total
 
-        return largest(needs, device.memory_bytes, layers - stages + 1)
+            self._most_layers[key] = largest(needs, device.memory_bytes, most)
+        return self._most_layers[key]
 
     def fits_any(self, device: Device) -> bool:
         """Whether ``device`` can hold at least one layer, of whichever stage."""

@@ -26,11 +26,10 @@ from scipy.optimize import linear_sum_assignment
 
 from ray_train_geo.planning.constructions import Shape
 from ray_train_geo.planning.evaluate import Chain, Evaluation, Evaluator
-from ray_train_geo.planning.problem import Problem
 from ray_train_geo.planning.transition import Layers
 from ray_train_geo.spec import GradientSyncName
 
-__all__ = ["Broken", "Repairer", "State", "allows", "twins"]
+__all__ = ["Broken", "Repairer", "State", "allows"]
 
 _MOST_CUTS = 16
 """Ways to share the layers of those who left that are all tried."""
@@ -82,7 +81,7 @@ class Repairer:
         self._problem = evaluator.problem
         self._shape = Shape.of(evaluator.problem)
         self._held = held
-        self._twin = twins(evaluator.problem)
+        self._twin = evaluator.problem.twins
         self._tries = tries
         self._expired = expired
         self._modes: tuple[GradientSyncName, ...] | None = None
@@ -343,23 +342,3 @@ def allows(shape: Shape, chains: Sequence[Chain]) -> bool:
         and (fixed := shape.cut(i)) in (None, chain.cut or fixed)
         for i, chain in enumerate(chains)
     )
-
-
-def twins(problem: Problem) -> list[int]:
-    """``[devices]``; devices with equal numbers can stand for each other.
-
-    They are of one kind and one price, and on one node or alone on nodes with equal links.
-    """
-    table = problem.table
-    alone = np.bincount(table.node)[table.node] == 1
-    numbers: dict[tuple[object, ...], int] = {}
-    found = []
-    for d, device in enumerate(problem.topology.devices):
-        node = table.node[d]
-        place: tuple[object, ...] = (int(node),)
-        if alone[d]:
-            nic = float(table.out_seconds_per_byte[node]), float(table.in_seconds_per_byte[node])
-            place = int(table.site[d]), nic
-        key = problem.kinds[d], device.price_per_hour, place
-        found.append(numbers.setdefault(key, len(numbers)))
-    return found

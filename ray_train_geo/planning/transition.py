@@ -28,12 +28,10 @@ from ray_train_geo.model.catalog import (
     layer_parameters,
 )
 from ray_train_geo.planning.link_table import LinkTable
+from ray_train_geo.planning.memory import STATE_BYTES_PER_PARAMETER
 from ray_train_geo.planning.plan import Plan
 
-__all__ = ["STATE_BYTES_PER_PARAMETER", "Holdings", "Layers", "Move", "Transition", "transition"]
-
-STATE_BYTES_PER_PARAMETER = 12
-"""fp32 weights (the master copy, at a lower precision) and Adam's two moments, 4 bytes each."""
+__all__ = ["Holdings", "Layers", "Move", "Transition", "transition"]
 
 _NEAREST = 32
 """Of thousands of holders, so many near ones are enough to share the sending."""

@@ -9,7 +9,7 @@ from typing import Any
 from ray_train_geo.cluster.topology import Device
 from ray_train_geo.observe.run_directory import RunDirectory
 from ray_train_geo.observe.trace import Span, chrome_trace, worker_name
-from ray_train_geo.planning.plan import PipelinePlan, Plan, StagePlan
+from ray_train_geo.planning.plan import Certificate, PipelinePlan, Plan, StagePlan
 
 T0 = 1.75e9
 STAGES, MICROBATCHES, FORWARD_S, BACKWARD_S, HOP_S = 2, 4, 0.02, 0.04, 0.005
@@ -45,7 +45,8 @@ def plan() -> Plan:
         )
         for p in range(2)
     )
-    return Plan(12, pipelines, "1f1b", "allreduce", devices, 0.41, 0.38, 1.2)
+    certificate = Certificate("step-time", 0.41, 0.38)
+    return Plan(12, pipelines, "1f1b", "allreduce", devices, 0.41, certificate, 1.2)
 
 
 def trace(steps: int = 4) -> dict[str, Any]:

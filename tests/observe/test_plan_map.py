@@ -235,12 +235,12 @@ def test_without_links_they_stand_on_a_circle() -> None:
     assert arranged(("p",), None) == ([(0.0, 0.0)], "")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.lists(
         st.tuples(st.floats(-180, 180), st.floats(-60, 70), st.floats(0.8, 4), st.floats(0.6, 3)),
         min_size=1,
-        max_size=12,
+        max_size=9,
     )
 )
 def test_panels_never_overlap(given_panels: list[tuple[float, float, float, float]]) -> None:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from ray_train_geo.cluster.topology import Device, Link, Topology, Uplink
 from ray_train_geo.errors import PlanError
 from ray_train_geo.model.catalog import CATALOG, layer_parameters, total_parameters
+from ray_train_geo.planning.memory import STATE_BYTES_PER_PARAMETER
 from ray_train_geo.planning.plan import PipelinePlan, Plan, StagePlan
 from ray_train_geo.planning.transition import (
-    STATE_BYTES_PER_PARAMETER,
     Move,
     Transition,
     transition,

@@ -100,7 +100,7 @@ def test_holders_are_the_ranks_whose_stage_has_the_weight(
         expected = tuple(rank for rank, mine in enumerate(sizes) if name in mine)
         found = holders_of(name, plan, dims)
         assert tuple(sorted(found)) == expected
-        assert tied and name == "tokens.weight" or found == expected
+        assert (tied and name == "tokens.weight") or found == expected
 
 
 def test_the_picture_of_the_module_docstring() -> None:
