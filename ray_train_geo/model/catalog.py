@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 from typing import Literal
 
@@ -69,16 +70,19 @@ class ModelDims:
         return self.dim // self.heads
 
 
+@cache
 def layer_parameters(dims: ModelDims) -> int:
     """Parameters of one layer."""
     return sum(prod(shape) for shape in _layer_shapes(dims).values())
 
 
+@cache
 def embedding_parameters(dims: ModelDims) -> int:
     """Parameters of the token embedding and, for gpt, of the learned positions."""
     return sum(prod(shape) for shape in _embedding_shapes(dims).values())
 
 
+@cache
 def head_parameters(dims: ModelDims) -> int:
     """Parameters of the final norm and, unless tied, of the output matrix."""
     return sum(prod(shape) for shape in _head_shapes(dims).values())
@@ -102,6 +106,7 @@ def parameter_shapes(dims: ModelDims) -> dict[str, tuple[int, ...]]:
     return shapes | _head_shapes(dims)
 
 
+@cache
 def layer_flops(dims: ModelDims, seq_len: int, microbatch: int) -> float:
     """Forward FLOPs of one layer on ``microbatch`` sequences of ``seq_len`` tokens.
 

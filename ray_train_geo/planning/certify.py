@@ -21,8 +21,7 @@ import numpy as np
 
 from ray_train_geo.errors import PlanError
 from ray_train_geo.model.catalog import layer_parameters
-from ray_train_geo.planning.certify_chains import DeviceClasses
-from ray_train_geo.planning.certify_nics import nic_bound_s
+from ray_train_geo.planning.certify_classes import DeviceClasses
 from ray_train_geo.planning.certify_packing import Limits, can_reach
 from ray_train_geo.planning.certify_sync import (
     GroupFloor,
@@ -70,16 +69,11 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """Plans of so many pipelines (fewest, most), whose gradients are summed as ``sync`` says.
-
-    Args:
-        at_least_s: none of them steps in less.
-    """
+    """Plans of so many pipelines (fewest, most), whose gradients are summed as ``sync`` says."""
 
     pipelines: tuple[int, int]
     sync: SyncCase
     tail: Tail
-    at_least_s: float
 
     def anywhere(self) -> _Case:
         """Wherever the pipelines are."""
@@ -128,7 +122,8 @@ def dollars_bound(
         PlanError: no chain of devices has memory for the model.
     """
     search = _Search(problem, codecs)
-    training, classes = problem.job.training, search.classes.merged([0] * len(search.classes.count))
+    training, classes = problem.job.training, DeviceClasses.of(problem, nodes=False)
+    classes = classes.merged([0] * len(classes.count))
     price = classes.price_per_hour
     most = search.most_microbatches()
     cheapest = np.inf
@@ -211,36 +206,43 @@ class _Search:
         """What follows the backwards of plans of so many pipelines, layers' groups aside."""
         dims, fewest, most = self.problem.dims, *pipelines
         deep = mode is not None and self.shallowest > 1
-        tied_s, tied_share, commit_s = 0.0, 0.0, 0.0
+        tied_s, commit_s = 0.0, 0.0
+        # Of the tied matrix: first and last stages; a pipeline of one stage counts once.
+        members = 2 * fewest if deep else fewest + 1, 2 * most
         if dims.tied_embeddings and mode is not None and len(self.table.devices) > 1:
-            # First and last stages; a pipeline of one stage counts once.
-            members = 2 * fewest if deep else fewest + 1, 2 * most
             size = _GRADIENT_BYTES * float(dims.vocab_size * dims.dim)
-            tied_s, tied_share = group_floor(self.table, mode, members, size)
+            tied_s = group_floor(self.table, mode, members, size)
         if deep or fewest > 1:
             local, across = within_nodes(self.table)[0], between_nodes(self.table)[0]
             commit_s = float(min(2 * local.min(initial=np.inf), (across + across.T).min()))
-        return Tail(GroupFloor(), tied_s, tied_share, commit_s, self.hop_s)
+        return Tail(
+            groups=GroupFloor(),
+            tied_s=tied_s,
+            commit_s=commit_s,
+            hop_s=self.hop_s,
+            mode=mode,
+            members=fewest,
+            tied_members=members[0],
+            message_bytes=self.message_bytes,
+        )
 
     def cases(self, modes: Sequence[GradientSyncName]) -> Iterator[list[_Case]]:
         """All cases of a plan; those of one mode and number of pipelines together."""
         size = _GRADIENT_BYTES * float(layer_parameters(self.problem.dims))
         for pipelines in reversed(_ranges(*self.pipelines())):
             for mode in modes:
-                nics_s = nic_bound_s(self.problem, self.classes, mode, pipelines)
                 tail = self.tail(mode, pipelines)
                 yield [
-                    _Case(pipelines, sync, replace(tail, groups=sync.floor), nics_s)
+                    _Case(pipelines, sync, replace(tail, groups=sync.floor))
                     for sync in sync_cases(self.table, mode, pipelines, size)
                 ]
 
     def may_step_in(self, time_s: float, case: _Case) -> bool:
         """False is a proof that no plan of this case steps in ``time_s``."""
-        if time_s < case.at_least_s:
-            return False
         within = self._within_reach(time_s, case.sync.sites)
         allowed = within[:, self.classes.site]
         classes = self.classes.merged([column.tobytes() for column in allowed.T])
+        classes = classes.by_use(case.pipelines[1])
         index = self.table.site[[group[0] for group in classes.devices]]
         chains = chains_in_time(
             self.problem,
@@ -269,7 +271,7 @@ class _Search:
 
     def least_s(self, case: _Case, below_s: float) -> float:
         """A time, close to the largest, in which no plan of this case steps."""
-        low, high = max(self.compute_s, case.at_least_s) * (1 - _TOLERANCE), below_s
+        low, high = self.compute_s * (1 - _TOLERANCE), below_s
         if not np.isfinite(high):
             high = 2 * low
             while not self.may_step_in(high, case):

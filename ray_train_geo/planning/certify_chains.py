@@ -4,110 +4,24 @@ A chain is a pipeline whose devices are known by class only.  How many layers a 
 depends on where in the chain it stands: behind ``l`` layers a microbatch arrives later, so less
 time is left.  Dynamic programming from the last layer to the first, over the layers above::
 
-    cost[l] = min over classes c, k <= most[l, c] of  price[c] + cost[l + k]
+    cost[l] = min over classes c, k <= most[l, c] of  price[c] + nic[l, k, c] + cost[l + k]
+
+where ``nic`` is the price of what the stage asks of its node's NIC (`certify_nics`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from ray_train_geo.planning.cost import embedding_s, head_s, layer_s, optimizer_s
+from ray_train_geo.planning.certify_nics import NicPrices, NicUse, StageKind
 from ray_train_geo.planning.link_table import Floats, Ints
-from ray_train_geo.planning.memory import is_cpu
-from ray_train_geo.planning.problem import Problem
 
-__all__ = ["Chain", "Chains", "Cheapest", "DeviceClasses"]
+__all__ = ["Chain", "Chains", "Cheapest"]
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class DeviceClasses:
-    """Devices that are equal in all that a bound looks at.  All arrays are ``[classes, ...]``.
-
-    Args:
-        devices: numbers of each class's devices in the problem's link table.
-        kind: equal for classes that differ in ``site`` only.
-        layer_s, embedding_s, head_s: ``[classes, 2]``; forward and backward of one microbatch.
-        optimizer_s: per parameter.
-        nic_seconds_per_byte: of the NIC that a device has to itself; 0 where others share it.
-    """
-
-    devices: tuple[tuple[int, ...], ...]
-    kind: Ints
-    site: Ints
-    count: Ints
-    layer_s: Floats
-    embedding_s: Floats
-    head_s: Floats
-    optimizer_s: Floats
-    nic_seconds_per_byte: Floats
-    price_per_hour: Floats
-
-    @classmethod
-    def of(cls, problem: Problem) -> DeviceClasses:
-        table = problem.table
-        alone = np.bincount(table.node)[table.node] == 1
-        nic = np.maximum(table.out_seconds_per_byte, table.in_seconds_per_byte)[table.node]
-        nic = np.where(alone, nic, 0.0)
-        kinds: dict[tuple[float | str, ...], int] = {}
-        members: dict[tuple[int, int], list[int]] = {}
-        for i, d in enumerate(table.devices):
-            key = d.flops_per_s, d.memory_bytes, is_cpu(d), d.price_per_hour, float(nic[i])
-            kind = kinds.setdefault(key, len(kinds))
-            members.setdefault((kind, int(table.site[i])), []).append(i)
-        first = [group[0] for group in members.values()]
-        examples = [table.devices[i] for i in first]
-        dims, training = problem.dims, problem.job.training
-        return cls(
-            devices=tuple(tuple(group) for group in members.values()),
-            kind=np.array([kind for kind, _ in members]),
-            site=np.array([site for _, site in members]),
-            count=np.array([len(group) for group in members.values()]),
-            layer_s=np.array([layer_s(dims, training, d) for d in examples]),
-            embedding_s=np.array([embedding_s(dims, training, d) for d in examples]),
-            head_s=np.array([head_s(dims, training, d) for d in examples]),
-            optimizer_s=np.array([optimizer_s(1, d) for d in examples]),
-            nic_seconds_per_byte=nic[first],
-            price_per_hour=np.array([d.price_per_hour for d in examples]),
-        )
-
-    def merged(self, marks: Sequence[object]) -> DeviceClasses:
-        """With classes of the same kind and the same mark (``[classes]``) made one."""
-        groups: dict[tuple[int, object], list[int]] = {}
-        for c, mark in enumerate(marks):
-            groups.setdefault((int(self.kind[c]), mark), []).append(c)
-        first = [group[0] for group in groups.values()]
-        return DeviceClasses(
-            devices=tuple(
-                tuple(d for c in group for d in self.devices[c]) for group in groups.values()
-            ),
-            kind=self.kind[first],
-            site=self.site[first],
-            count=np.array([int(self.count[group].sum()) for group in groups.values()]),
-            layer_s=self.layer_s[first],
-            embedding_s=self.embedding_s[first],
-            head_s=self.head_s[first],
-            optimizer_s=self.optimizer_s[first],
-            nic_seconds_per_byte=self.nic_seconds_per_byte[first],
-            price_per_hour=self.price_per_hour[first],
-        )
-
-    def most_layers(self, problem: Problem, in_flight: int) -> tuple[Ints, Ints, Ints, Ints]:
-        """``[classes]`` each: layers that memory holds of a first, inner, last, and only stage.
-
-        The only stage holds all layers or, here 0, does not fit.
-        """
-        examples = [problem.topology.devices[group[0]] for group in self.devices]
-        layers = problem.dims.layers
-        first, inner, last = (
-            np.array([problem.most_layers(s, n, in_flight, d, 1) for d in examples])
-            for s, n in ((0, 2), (1, 3), (1, 2))
-        )
-        whole = [problem.memory((0, layers), in_flight, d, 1).total for d in examples]
-        fits = [w <= d.memory_bytes for w, d in zip(whole, examples, strict=True)]
-        return first, inner, last, np.where(fits, layers, 0)
+_ALL = slice(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +42,7 @@ class Chains:
             behind that many layers.
         only: ``[n, classes]``; on a pipeline's only stage.
         depth: that many stages; None: any number.
+        nics: what stages ask of their nodes' NICs; None: nothing.
     """
 
     layers: int
@@ -136,14 +51,26 @@ class Chains:
     last: Ints
     only: Ints
     depth: int | None = None
+    nics: NicUse | None = None
 
-    def cheapest(self, price: Floats) -> Cheapest:
+    def cheapest(self, price: Floats, nic_prices: NicPrices | None = None) -> Cheapest:
         """The cheapest chain for every question.
 
         Args:
             price: ``[classes]``; of one device.
+            nic_prices: None: NICs are free.
         """
-        return Cheapest(self, price)
+        return Cheapest(self, price, nic_prices)
+
+    def most(self, kind: StageKind, above: int) -> Ints:
+        """``[n, classes]``; most layers on a stage of that kind behind so many layers."""
+        if kind == "first":
+            return self.first
+        if kind == "only":
+            return self.only
+        table = self.inner if kind == "inner" else self.last
+        found: Ints = table[:, min(above, table.shape[1] - 1)]
+        return found
 
 
 class Cheapest:
@@ -153,63 +80,84 @@ class Cheapest:
         cost: ``[n]``; the lowest price of a chain, infinite where there is none.
         behind: ``[levels][n, layers + 1]``; cost of the stages behind so many layers.  Where the
             depth is open there is one level, else one for each stage.
-        options: ``[levels][n, layers, classes]``; what ``behind`` is the smallest of.
-        whole: ``[n, classes]``; cost of the chain, by class of the first stage.
     """
 
-    def __init__(self, chains: Chains, price: Floats) -> None:
+    def __init__(self, chains: Chains, price: Floats, nic_prices: NicPrices | None) -> None:
         self.chains, self.price = chains, price
-        layers, depth = chains.layers, chains.depth
-        n, classes = chains.first.shape
-        self.rows = np.arange(n)[:, None]
-        levels = 1 if depth is None else depth
-        self.behind = [np.full((n, layers + 1), np.inf) for _ in range(levels)]
-        self.options = [np.full((n, layers, classes), np.inf) for _ in range(levels)]
-        for level in reversed(range(levels)):
+        layers, depth, n = chains.layers, chains.depth, len(chains.first)
+        self.asks = None
+        shared = np.zeros(len(price), dtype=bool)
+        if chains.nics is not None and nic_prices is not None:
+            shared[chains.nics.classes] = True
+            self.asks = chains.nics.at(nic_prices)
+        self.shared, self.private = np.flatnonzero(shared), np.flatnonzero(~shared)
+        self.behind = [np.full((n, layers + 1), np.inf) for _ in range(depth or 1)]
+        for level in reversed(range(len(self.behind))):
+            stage = level if depth else 1
             for above in range(layers - 1, 0, -1):
-                best = self.options[level][:, above]
-                if depth is None or level < depth - 1:
-                    best[:] = price + self._rest(level + 1, above, _row(chains.inner, above))
-                if depth is None or level == depth - 1:
-                    fits = _row(chains.last, above) >= layers - above
-                    best[:] = np.where(fits, price, best)
-                self.behind[level][:, above] = best.min(axis=1)
-        self.whole: Floats = np.full((n, classes), np.inf)
-        if depth != 1:
-            self.whole = price + self._rest(1, 0, chains.first)
-        if depth in (None, 1):
-            self.whole = np.where(chains.only >= layers, price, self.whole)
-        self.cost: Floats = self.whole.min(axis=1)
+                if stage:
+                    self.behind[level][:, above] = self._least(stage, above)
+        self.cost: Floats = self._least(0, 0)
 
-    def _rest(self, stage: int, above: int, most: Ints) -> Floats:
-        """``[n, classes]``; best cost behind a stage of up to ``most`` layers, and at least one."""
-        behind = self.behind[min(stage, len(self.behind) - 1)]
-        best = np.minimum.accumulate(behind[:, above + 1 :], axis=1)
-        taken = np.minimum(most, best.shape[1]) - 1  # -1 where it can take none
-        found: Floats = np.where(most > 0, best[self.rows, taken], np.inf)
-        return found
+    def _options(self, stage: int, above: int) -> Iterator[tuple[StageKind, Floats]]:
+        """Kinds that a stage may be of, and ``[n, layers left]``: cost behind it by its layers."""
+        depth = self.chains.depth
+        if depth is None or stage < depth - 1:
+            behind = self.behind[stage + 1 if depth else 0][:, above + 1 :]
+            yield "inner" if stage else "first", behind
+        if depth is None or stage == depth - 1:
+            behind = np.full((len(self.cost_rows), self.chains.layers - above), np.inf)
+            behind[:, -1] = 0.0
+            yield "last" if stage else "only", behind
+
+    @property
+    def cost_rows(self) -> Ints:
+        return np.arange(len(self.chains.first))
+
+    def _least(self, stage: int, above: int) -> Floats:
+        """``[n]``; lowest cost of this stage and all behind it."""
+        least = np.full(len(self.chains.first), np.inf)
+        for kind, behind in self._options(stage, above):
+            if len(self.private):
+                most = self.chains.most(kind, above)[:, self.private]
+                best = np.minimum.accumulate(behind, axis=1)
+                taken = np.minimum(most, best.shape[1]) - 1  # -1 where it can take none
+                cost = np.where(most > 0, best[self.cost_rows[:, None], taken], np.inf)
+                least = np.minimum(least, (cost + self.price[self.private]).min(axis=1))
+            if len(self.shared):
+                cost = self._shared(kind, above, behind, _ALL)
+                least = np.minimum(least, cost.min(axis=(1, 2)))
+        return least
+
+    def _shared(self, kind: StageKind, above: int, behind: Floats, questions: slice) -> Floats:
+        """``[questions, layers, shared classes]``; cost of a stage of so many layers, and on."""
+        assert self.asks is not None  # there are shared classes
+        cost = self.asks.cost(kind, above, behind.shape[1], questions)
+        cost += self.price[self.shared]
+        cost += behind[questions, :, None]
+        most = self.chains.most(kind, above)[questions][:, None, self.shared]
+        cost[np.arange(1, behind.shape[1] + 1)[None, :, None] > most] = np.inf
+        return cost
 
     def chain(self, question: int) -> Chain:
         """A chain of that cost; there must be one."""
-        chains, layers, q = self.chains, self.chains.layers, question
-        c = int(self.whole[q].argmin())
-        if chains.depth in (None, 1) and chains.only[q, c] >= layers:
-            return Chain((c,), (layers,))
-        classes, taken, above, most = [c], [], 0, int(chains.first[q, c])
-        while True:
-            stage = len(classes)
-            level = min(stage, len(self.behind) - 1)
-            behind = self.behind[level][q, above + 1 : above + most + 1]
-            taken.append(1 + int(behind.argmin()))
-            above += taken[-1]
-            c = int(self.options[level][q, above].argmin())
-            classes.append(c)
-            ends = chains.depth in (None, stage + 1)
-            if ends and _row(chains.last, above)[q, c] >= layers - above:
-                return Chain(tuple(classes), (*taken, layers - above))
-            most = int(_row(chains.inner, above)[q, c])
-
-
-def _row(table: Ints, above: int) -> Ints:
-    found: Ints = table[:, min(above, table.shape[1] - 1)]
-    return found
+        classes: list[int] = []
+        layers: list[int] = []
+        above, this = 0, slice(question, question + 1)
+        while above < self.chains.layers:
+            best: tuple[float, int, int] = np.inf, 0, 0
+            for kind, behind in self._options(len(classes), above):
+                count = np.arange(1, behind.shape[1] + 1)[:, None]
+                most = self.chains.most(kind, above)[question, self.private]
+                alone = behind[question][:, None] + self.price[self.private]
+                costs = [(np.where(count <= most, alone, np.inf), self.private)]
+                if len(self.shared):
+                    costs.append((self._shared(kind, above, behind, this)[0], self.shared))
+                for cost, numbers in costs:
+                    if cost.size and cost.min() < best[0]:
+                        k, c = np.unravel_index(cost.argmin(), cost.shape)
+                        best = float(cost[k, c]), int(k) + 1, int(numbers[c])
+            classes.append(best[2])
+            layers.append(best[1])
+            above += best[1]
+        return Chain(tuple(classes), tuple(layers))

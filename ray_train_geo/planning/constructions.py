@@ -13,9 +13,9 @@ Islands of every size lie between the two: pipelines along single regions, or ac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, zip_longest
 
 import numpy as np
 
@@ -30,8 +30,11 @@ __all__ = ["Shape", "Sketch", "candidates", "sketches"]
 _PROMISING = 2.0
 """A sketch whose compute takes this much longer than the best one's is not estimated."""
 
-_SAMPLES = 3
-"""Pipelines of each island that an estimate looks at."""
+_ESTIMATED, _LEAST_ESTIMATED, _MOST_ESTIMATED = 300_000, 60, 1_500
+"""Devices in all sketches that are estimated, and how many sketches that is at least, at most."""
+
+_SAMPLES = 6
+"""Pipelines that an estimate looks at, over all islands; at least one of the largest ones."""
 
 _GRADIENT_BYTES = 4
 
@@ -88,14 +91,24 @@ class Sketch:
         return found, rest
 
 
-def sketches(evaluator: Evaluator, usable: Sequence[int]) -> list[Sketch]:
-    """All sketches that may be good, those with the best estimates first."""
+def sketches(
+    evaluator: Evaluator,
+    usable: Sequence[int],
+    expired: Callable[[], bool] = lambda: False,
+) -> list[Sketch]:
+    """All sketches that may be good, those with the best estimates first.
+
+    Args:
+        expired: whether time is up; then no more are made, nor estimated.
+    """
     problem = evaluator.problem
     shape, total = Shape.of(problem), problem.job.training.total_microbatches
     rates = _Rates(problem)
     found: list[Sketch] = []
     best_s = np.inf
     for line in lines(problem, usable, shape.max_devices):
+        if found and expired():
+            break
         for depths in _depths(problem, line, shape, rates):
             rate = sum(rates.of(island, d) for island, d in zip(line, depths, strict=True))
             if rate <= 0:
@@ -105,8 +118,24 @@ def sketches(evaluator: Evaluator, usable: Sequence[int]) -> list[Sketch]:
                 found.append(Sketch(line, depths, False, total / rate))
                 if max(depths) > 1:
                     found.append(Sketch(line, depths, True, total / rate))
-    found = [s for s in found if s.bound_s <= _PROMISING * best_s]
-    return sorted(found, key=lambda s: _estimate_s(evaluator, s))
+    found = sorted((s for s in found if s.bound_s <= _PROMISING * best_s), key=lambda s: s.bound_s)
+    most = _ESTIMATED // max(1, len(usable))
+    most = min(max(most, _LEAST_ESTIMATED), _MOST_ESTIMATED)
+    chosen = _spread(found, most)
+    estimates = [np.inf if expired() else _estimate_s(evaluator, sketch) for sketch in chosen]
+    return [chosen[i] for i in sorted(range(len(chosen)), key=estimates.__getitem__)]
+
+
+def _spread(found: Sequence[Sketch], most: int) -> list[Sketch]:
+    """At most so many: line by line in turns, each line's by compute.
+
+    Compute alone does not tell which line is good, only which depths suit it.
+    """
+    by_line: dict[int, list[Sketch]] = {}
+    for sketch in found:
+        by_line.setdefault(id(sketch.line), []).append(sketch)
+    turns = zip_longest(*by_line.values())
+    return [s for turn in turns for s in turn if s is not None][:most]
 
 
 def candidates(problem: Problem, sketch: Sketch) -> Iterator[Candidate]:
@@ -211,35 +240,39 @@ class _Rates:
 
 
 def _estimate_s(evaluator: Evaluator, sketch: Sketch) -> float:
-    """About what a step takes: a few pipelines of each island stand for all of them."""
+    """About what a step takes: a few pipelines stand for all of them."""
     problem = evaluator.problem
     table, total = problem.table, problem.job.training.total_microbatches
-    count = sum(len(i) // d for i, d in zip(sketch.line, sketch.depths, strict=True))
-    rate = 0.0
+    counts = [len(i) // d for i, d in zip(sketch.line, sketch.depths, strict=True)]
+    count = sum(counts)
+    largest = sorted(range(len(counts)), key=lambda i: -len(sketch.line[i]))[:_SAMPLES]
+    each = max(1, _SAMPLES // len(largest))
+    rate = sampled = 0.0
     samples: list[tuple[int, ...]] = []
-    for island, depth in zip(sketch.line, sketch.depths, strict=True):
-        here = len(island) // depth
+    for i in largest:
+        island, depth, here = sketch.line[i], sketch.depths[i], counts[i]
         if not here:
             continue
         used = island[: here * depth]
-        picks = sorted({0, here // 2, here - 1})[:_SAMPLES]
-        chains = [
-            used[p::here] if sketch.across else used[p * depth : (p + 1) * depth] for p in picks
-        ]
-        samples += chains
-        for chain in chains:
+        picks = sorted({p * (here - 1) // max(1, each - 1) for p in range(min(each, here))})
+        for p in picks:
+            chain = used[p::here] if sketch.across else used[p * depth : (p + 1) * depth]
+            samples.append(chain)
             cost = evaluator.pipeline(Chain(chain), count, -(-total // count))
             if cost is not None:
-                rate += here / len(chains) / cost.period_s
+                rate += here / len(picks) / cost.period_s
+        sampled += here
     if rate <= 0:
         return float("inf")
+    compute_s = total / (rate * count / sampled)
     if count == 1:
-        return total / rate
+        return compute_s
     ends = np.array([[chain[0], chain[-1]] for chain in samples])
     latency, per_byte = table.hops(ends[:, None, :], ends[None, :, :])
-    depth = max(sketch.depths)
-    size = _GRADIENT_BYTES * total_parameters(problem.dims) / depth
+    size = _GRADIENT_BYTES * total_parameters(problem.dims) / max(sketch.depths)
     nodes = table.node[np.array([d for i in sketch.line for d in i])]
     nic = np.bincount(nodes, minlength=len(table.nodes)) * table.out_seconds_per_byte
-    sync = 2 * max(float((latency + size / count * per_byte).max()), float(nic.max()) * size)
-    return total / rate + sync
+    crossing = len(np.unique(table.region[ends[:, 0]])) > 1
+    uplink = float(table.uplink_seconds_per_byte.max()) * size * count if crossing else 0.0
+    pairs = float((latency + size / count * per_byte).max())
+    return compute_s + 2 * max(pairs, float(nic.max()) * size, uplink)

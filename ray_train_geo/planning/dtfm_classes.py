@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from ray_train_geo.planning.device_classes import DeviceClasses
 from ray_train_geo.planning.dtfm import PairCosts
 from ray_train_geo.planning.dtfm_matching import bottleneck_matching
+from ray_train_geo.planning.dtfm_order import shortest_path
 
 __all__ = ["ClassProblem", "Group"]
 
@@ -23,7 +25,7 @@ Floats = NDArray[np.float64]
 Group = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class ClassProblem:
     """Choose ``stages`` groups of ``replicas`` devices, and their order.
 
@@ -62,6 +64,23 @@ class ClassProblem:
         np.fill_diagonal(pairs, np.array(self.sizes) > 1)
         return pairs
 
+    @cached_property
+    def orbits(self) -> tuple[tuple[int, ...], ...]:
+        """Classes that can take each other's place: of one size, and alike to all others."""
+        orbits: list[list[int]] = []
+        for c in range(len(self.sizes)):
+            orbit = next((o for o in orbits if self._exchangeable(o[0], c)), None)
+            if orbit is None:
+                orbits.append([c])
+            else:
+                orbit.append(c)
+        return tuple(map(tuple, orbits))
+
+    @property
+    def all_distinct(self) -> bool:
+        """Whether no two classes can take each other's place."""
+        return len(self.orbits) == len(self.sizes)
+
     def data_parallel_s(self, group: Group) -> float:
         """What the slowest device of ``group`` takes to exchange gradients with the others."""
         found = self._sync.get(group)
@@ -86,6 +105,12 @@ class ClassProblem:
         return max(map(self.data_parallel_s, groups)) + sum(
             self.bottleneck_s(a, b) for a, b in pairwise(groups)
         )
+
+    def ordered(self, groups: Sequence[Group]) -> tuple[Group, ...]:
+        """The same groups along their shortest path."""
+        hops = np.array([[self.bottleneck_s(a, b) for b in groups] for a in groups])
+        np.fill_diagonal(hops, 0.0)
+        return tuple(groups[i] for i in shortest_path(hops))
 
     def forget(self, most: int) -> None:
         """Drop remembered costs where there are more than ``most``, so that memory stays flat."""
@@ -114,6 +139,13 @@ class ClassProblem:
         single = sizes == 1
         sync_s[single, single] = hop_s[single, single] = 0.0
         return ClassProblem(self.stages, self.replicas, tuple(map(int, sizes)), sync_s, hop_s)
+
+    def _exchangeable(self, c: int, d: int) -> bool:
+        others = [x for x in range(len(self.sizes)) if x not in (c, d)]
+        return self.sizes[c] == self.sizes[d] and all(
+            costs[c, c] == costs[d, d] and np.array_equal(costs[c, others], costs[d, others])
+            for costs in (self.sync_s, self.hop_s)
+        )
 
     def _cheapest_partners_s(self, c: int) -> float:
         wanted, total_s = self.replicas - 1, 0.0

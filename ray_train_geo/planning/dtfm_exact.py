@@ -1,4 +1,4 @@
-"""The least of DT-FM's cost, proven: CP-SAT over how many devices of each class a group has.
+"""The least of DT-FM's cost, proven piece by piece.
 
 The cost adds the slowest group's data parallelism T to the hops, and a relaxation can trade one for
 the other almost freely.  So the range of T is cut into pieces, each proven by itself: where T is
@@ -7,30 +7,32 @@ small, far classes can't share a group; where it is large, hops must be small::
     T:   least |------|------|------|------------| upper - least hops
                 proven proven  open     proven         an open piece is halved
 
-Costs are rounded down to integers, so that a bound on the integers is a bound on the cost.
+A piece is given to up to three models, until one closes it: how often the path must leave a level
+of links (``dtfm_levels``); that with the order of the types of groups, where these are few; and
+all devices by position (``dtfm_positions``).
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
-from ortools.sat.python import cp_model
-from scipy.sparse.csgraph import connected_components
 
 from ray_train_geo.planning.dtfm_classes import ClassProblem, Group
+from ray_train_geo.planning.dtfm_levels import LevelModel
+from ray_train_geo.planning.dtfm_positions import PositionModel
+from ray_train_geo.planning.dtfm_solver import Result
+from ray_train_geo.planning.dtfm_types import group_types
 
 __all__ = ["Minimum", "minimum"]
 
 _PIECES = 6
 _FIRST_EFFORT, _EFFORT_GROWTH = 1.5, 1.5  # of a piece, and of its halves
-_PRECISION = 2.0**-40
-"""Costs are rounded to this part of the upper bound."""
-
+_MOST_TYPES, _MOST_ORDERED_TYPES = 600, 160
+_ORDER_EFFORT = 4.0  # times that of a piece: what it proves, no halving improves
 _EQUAL = 1e-9
 """Bounds that are closer to a cost than this part of it are equal to it: so is its own rounding."""
 
@@ -71,240 +73,115 @@ def minimum(
     upper_s: float,
     effort: float,
     deadline: Callable[[], bool] | None = None,
+    *,
+    thorough: bool = True,
 ) -> Minimum:
     """The least cost of ``problem``, of which a placement is known to cost ``upper_s``.
 
     Args:
         effort: the most of CP-SAT's deterministic seconds (one to eight real ones each) to
             spend; what is not proven by then leaves ``lower_bound_s`` below ``cost_s``.
-        deadline: asked between pieces; true stops as if ``effort`` were spent.
+        deadline: asked several times a second, from a second thread too; true stops as if
+            ``effort`` were spent.
+        thorough: false looks at each piece once, with the cheapest model only.
     """
-    hops_s = (problem.stages - 1) * problem.least_hop_s()
-    least_s = problem.least_data_parallel_s()
-    cost_s, groups, spent = upper_s, None, 0.0
-    closed_s = math.inf
-    cuts = np.linspace(least_s, max(least_s, upper_s - hops_s), _PIECES + 1)
-    pieces = [_Piece(a, b, a + hops_s, _FIRST_EFFORT) for a, b in pairwise(map(float, cuts))]
-    while pieces and spent < effort and not (deadline is not None and deadline()):
-        # The weakest bound first: it is the bound of all.
-        piece = pieces.pop(min(range(len(pieces)), key=lambda i: pieces[i].lower_bound_s))
-        if piece.lower_bound_s >= cost_s * (1 - _EQUAL):
-            continue
-        result = _Model(problem, piece, cost_s).solve(min(piece.effort, effort - spent))
-        spent += result.effort
-        if result.groups is not None and problem.cost_s(result.groups) < cost_s:
-            groups = result.groups
-            cost_s = problem.cost_s(groups)
-        bound_s = max(result.lower_bound_s, piece.lower_bound_s)
-        if result.finished:
-            closed_s = min(closed_s, bound_s)
-            continue
-        halves_effort = _EFFORT_GROWTH * piece.effort
-        middle_s = (piece.low_s + piece.high_s) / 2
-        pieces += [
-            _Piece(piece.low_s, middle_s, bound_s, halves_effort),
-            _Piece(middle_s, piece.high_s, max(bound_s, middle_s + hops_s), halves_effort),
-        ]
-    lower_s = min([closed_s, cost_s, *(piece.lower_bound_s for piece in pieces)])
-    if lower_s >= cost_s * (1 - _EQUAL):
-        lower_s = cost_s
-    return Minimum(lower_s, groups, cost_s, spent)
+    return _Proof(problem, upper_s, deadline).run(effort, thorough)
 
 
-@dataclass(frozen=True, slots=True)
-class _Result:
-    lower_bound_s: float
-    groups: tuple[Group, ...] | None
-    finished: bool
-    effort: float
+class _Proof:
+    """The pieces that are open, and the best placement so far."""
 
-
-class _Model:
-    """Placements of one piece that cost less than ``cost_s``.
-
-    ``count[k][c]`` devices of class c are in group k, and ``flow[c, d]`` pairs go from class c in
-    group k to class d in the next: a perfect matching within a threshold is a flow over pairs of
-    classes within it.  ``above[x]`` says that hop k is slower than level x.
-    """
-
-    def __init__(self, problem: ClassProblem, piece: _Piece, cost_s: float) -> None:
-        self._problem = problem
-        self._scale = 1 / (cost_s * _PRECISION) if cost_s > 0 else 1.0
-        self._model = cp_model.CpModel()
-        self._sync = np.floor(problem.sync_s * self._scale).astype(np.int64)
-        self._hop = np.floor(problem.hop_s * self._scale).astype(np.int64)
-        self._classes = range(len(problem.sizes))
-        self._most = [min(n, problem.replicas) for n in problem.sizes]
-        self._count = self._counts()
-        high = math.ceil(piece.high_s * self._scale)
-        low = min(high, math.floor(piece.low_s * self._scale))
-        self._slowest = self._model.new_int_var(low, high, "slowest")
-        self._add_data_parallel(low, high)
-        objective = self._slowest + self._add_hops()
-        self._break_symmetry()
-        # Rounding can hide less than one unit for each addend.
-        addends = problem.replicas + problem.stages
-        self._model.add(objective <= math.floor(cost_s * self._scale) - addends)
-        self._beyond_s = cost_s - (addends + 1) / self._scale
-        self._model.minimize(objective)
-
-    def solve(self, effort: float) -> _Result:
-        solver = cp_model.CpSolver()
-        solver.parameters.num_workers = 1
-        solver.parameters.random_seed = 0
-        solver.parameters.max_deterministic_time = effort
-        status = solver.status_name(solver.solve(self._model))
-        spent = solver.response_proto.deterministic_time
-        if status == "INFEASIBLE":
-            return _Result(self._beyond_s, None, True, spent)
-        bound_s = min(solver.best_objective_bound / self._scale, self._beyond_s)
-        if status not in ("OPTIMAL", "FEASIBLE"):
-            return _Result(bound_s, None, False, spent)
-        groups = tuple(
-            tuple(c for c in self._classes for _ in range(solver.value(counts[c])))
-            for counts in self._count
-        )
-        return _Result(bound_s, groups, status == "OPTIMAL", spent)
-
-    def _counts(self) -> list[list[cp_model.IntVar]]:
-        problem = self._problem
-        count = [
-            [self._model.new_int_var(0, self._most[c], f"count{k},{c}") for c in self._classes]
-            for k in range(problem.stages)
-        ]
-        for group in count:
-            self._model.add(sum(group) == problem.replicas)
-        for c in self._classes:
-            self._model.add(sum(group[c] for group in count) <= problem.sizes[c])
-        if sum(problem.sizes) == problem.stages * problem.replicas:
-            for c in self._classes:
-                self._model.add(sum(group[c] for group in count) == problem.sizes[c])
-        return count
-
-    def _add_data_parallel(self, low: int, high: int) -> None:
-        least = {(c, d): self._least_with_both(c, d) for c in self._classes for d in range(c)}
-        for k, group in enumerate(self._count):
-            present = [self._model.new_bool_var(f"present{k},{c}") for c in self._classes]
-            for c, is_present in enumerate(present):
-                self._model.add(group[c] >= 1).only_enforce_if(is_present)
-                self._model.add(group[c] == 0).only_enforce_if(~is_present)
-                exchanged = sum(int(self._sync[c, d]) * group[d] for d in self._classes)
-                self._model.add(exchanged - int(self._sync[c, c]) <= self._slowest).only_enforce_if(
-                    is_present
-                )
-            for (c, d), with_both in least.items():
-                if with_both > high:
-                    self._model.add_bool_or(~present[c], ~present[d])
-                elif with_both > low:  # implied, but not seen by propagation
-                    self._model.add(self._slowest >= with_both).only_enforce_if(
-                        present[c], present[d]
-                    )
-
-    def _least_with_both(self, c: int, d: int) -> int:
-        """The least data parallelism of a group that has a device of c and one of d."""
-
-        def least(own: int, other: int) -> int:
-            total, wanted = int(self._sync[own, other]), self._problem.replicas - 2
-            for e in np.argsort(self._sync[own], kind="stable"):
-                taken = min(wanted, self._problem.sizes[e] - (e in (own, other)))
-                total += taken * int(self._sync[own, e])
-                wanted -= taken
-            return total
-
-        return max(least(c, d), least(d, c))
-
-    def _add_hops(self) -> cp_model.LinearExprT:
-        usable = self._problem.usable
-        pairs = [(int(c), int(d)) for c, d in np.argwhere(usable)]
-        levels = sorted({int(self._hop[pair]) for pair in pairs})
-        total: cp_model.LinearExprT = 0
-        for k in range(self._problem.stages - 1):
-            above = [self._model.new_bool_var(f"above{k},{x}") for x in range(len(levels) - 1)]
-            for lower, higher in pairwise(above):
-                self._model.add_implication(higher, lower)
-            flow = {}
-            for c, d in pairs:
-                most = min(self._most[c], self._most[d])
-                flow[c, d] = self._model.new_int_var(0, most, f"flow{k},{c},{d}")
-                level = levels.index(int(self._hop[c, d]))
-                if level:
-                    self._model.add(flow[c, d] == 0).only_enforce_if(~above[level - 1])
-            here, there = self._count[k], self._count[k + 1]
-            for c in self._classes:
-                self._model.add(sum(flow[c, d] for d in self._classes if usable[c, d]) == here[c])
-                self._model.add(sum(flow[d, c] for d in self._classes if usable[d, c]) == there[c])
-            self._keep_components(here, there, levels, above)
-            total += levels[0] + sum(
-                (high - low) * over
-                for low, high, over in zip(levels, levels[1:], above, strict=False)
-            )
-        return total
-
-    def _keep_components(
-        self,
-        here: list[cp_model.IntVar],
-        there: list[cp_model.IntVar],
-        levels: list[int],
-        above: list[cp_model.IntVar],
+    def __init__(
+        self, problem: ClassProblem, upper_s: float, deadline: Callable[[], bool] | None
     ) -> None:
-        """Implied by the flow: a hop within a threshold never leaves a connected component."""
-        known: tuple[int, ...] = ()
-        for level, over in zip(levels, above, strict=False):
-            _, labels = connected_components((self._hop <= level) & self._problem.usable)
-            components = tuple(map(int, labels))
-            if components == known:
+        self._problem = problem
+        self._deadline = deadline
+        self._cost_s = upper_s
+        self._groups: tuple[Group, ...] | None = None
+        self._spent = 0.0
+        self._hops_s = (problem.stages - 1) * problem.least_hop_s()
+
+    def run(self, effort: float, thorough: bool) -> Minimum:
+        closed_s, left = math.inf, []
+        for piece in self._cut():
+            granted = min(piece.effort, effort - self._spent)
+            if granted > 0 and not self._late():
+                piece = replace(piece, lower_bound_s=self._count_runs(piece, granted))
+            left.append(piece)
+        while left and thorough and self._spent < effort and not self._late():
+            # The weakest bound first: it is the bound of all.
+            piece = left.pop(min(range(len(left)), key=lambda i: left[i].lower_bound_s))
+            granted = min(piece.effort, effort - self._spent)
+            if not self._closes(piece.lower_bound_s):
+                bound_s = self._count_runs(piece, granted)
+                piece = replace(piece, lower_bound_s=bound_s)
+            if self._closes(piece.lower_bound_s):
+                closed_s = min(closed_s, piece.lower_bound_s)
                 continue
-            known = components
-            if max(components) == 0:
-                return
-            for component in set(components):
-                inside = [c for c in self._classes if components[c] == component]
-                self._model.add(
-                    sum(here[c] for c in inside) == sum(there[c] for c in inside)
-                ).only_enforce_if(~over)
-
-    def _break_symmetry(self) -> None:
-        """Of placements that are the same but for names, keep one.
-
-        Classes that can take each other's place come in the order of their counts over the stages;
-        a path and its reverse cost the same, so the first group comes before the last.
-        """
-        orbits = self._orbits()
-        for orbit in orbits:
-            for c, d in pairwise(orbit):
-                self._order_lexically(c, d)
-        weight = {c: i for i, orbit in enumerate(orbits, start=1) for c in orbit}
-        first, last = self._count[0], self._count[-1]
-        self._model.add(
-            sum(weight[c] * first[c] for c in self._classes)
-            <= sum(weight[c] * last[c] for c in self._classes)
-        )
-
-    def _order_lexically(self, c: int, d: int) -> None:
-        """``count[.][c] >= count[.][d]``, the first stages first."""
-        equal_so_far: list[cp_model.IntVar] = []
-        for k, group in enumerate(self._count):
-            self._model.add(group[c] >= group[d]).only_enforce_if(equal_so_far)
-            equal = self._model.new_bool_var(f"equal{k},{c},{d}")
-            self._model.add(group[c] == group[d]).only_enforce_if(equal)
-            self._model.add(group[c] >= group[d] + 1).only_enforce_if([*equal_so_far, ~equal])
-            equal_so_far = [*equal_so_far, equal]
-
-    def _orbits(self) -> list[list[int]]:
-        """Classes of one size that cost the same with every other class, in lists."""
-        orbits: list[list[int]] = []
-        for c in self._classes:
-            orbit = next((o for o in orbits if self._exchangeable(o[0], c)), None)
-            if orbit is None:
-                orbits.append([c])
+            granted = min(piece.effort, effort - self._spent)
+            bound_s, finished = self._examine(piece, granted)
+            if finished or self._closes(bound_s):
+                closed_s = min(closed_s, bound_s)
             else:
-                orbit.append(c)
-        return orbits
+                left += self._halves(piece, bound_s)
+        lower_s = min([closed_s, self._cost_s, *(piece.lower_bound_s for piece in left)])
+        if self._closes(lower_s):
+            lower_s = self._cost_s
+        return Minimum(lower_s, self._groups, self._cost_s, self._spent)
 
-    def _exchangeable(self, c: int, d: int) -> bool:
-        sizes = Counter(self._problem.sizes[x] for x in (c, d))
-        others = [x for x in self._classes if x not in (c, d)]
-        return len(sizes) == 1 and all(
-            costs[c, c] == costs[d, d] and np.array_equal(costs[c, others], costs[d, others])
-            for costs in (self._sync, self._hop)
-        )
+    def _cut(self) -> list[_Piece]:
+        least_s = self._problem.least_data_parallel_s()
+        most_s = max(least_s, self._cost_s - self._hops_s)
+        cuts = map(float, np.linspace(least_s, most_s, _PIECES + 1))
+        return [_Piece(a, b, a + self._hops_s, _FIRST_EFFORT) for a, b in pairwise(cuts)]
+
+    def _halves(self, piece: _Piece, bound_s: float) -> list[_Piece]:
+        effort = _EFFORT_GROWTH * piece.effort
+        middle_s = (piece.low_s + piece.high_s) / 2
+        return [
+            _Piece(piece.low_s, middle_s, bound_s, effort),
+            _Piece(middle_s, piece.high_s, max(bound_s, middle_s + self._hops_s), effort),
+        ]
+
+    def _count_runs(self, piece: _Piece, effort: float) -> float:
+        """The piece's bound by levels: cheap, and its types may make a better placement."""
+        types = group_types(self._problem, piece.high_s, _MOST_TYPES)
+        if types is None:
+            return piece.lower_bound_s
+        if len(types) == 0:
+            return self._cost_s
+        levels = LevelModel(self._problem, types, piece.low_s, self._cost_s)
+        return max(piece.lower_bound_s, self._note(levels.solve(effort, self._deadline)))
+
+    def _examine(self, piece: _Piece, effort: float) -> tuple[float, bool]:
+        """The piece's bound, and whether there is nothing left to find in it."""
+        bound_s = piece.lower_bound_s
+        types = None
+        if self._problem.all_distinct:
+            types = group_types(self._problem, piece.high_s, _MOST_ORDERED_TYPES)
+        if types is not None and len(types):
+            levels = LevelModel(self._problem, types, piece.low_s, self._cost_s)
+            levels.add_order()
+            result = levels.solve(_ORDER_EFFORT * effort, self._deadline)
+            bound_s = max(bound_s, self._note(result))
+            if self._closes(bound_s) or not result.finished:
+                return bound_s, False
+        model = PositionModel(self._problem, piece.low_s, piece.high_s, bound_s, self._cost_s)
+        result = model.solve(effort, self._deadline)
+        return max(bound_s, self._note(result)), result.finished
+
+    def _note(self, result: Result) -> float:
+        """Keep what a model found, and return its bound."""
+        self._spent += result.effort
+        if result.groups is not None:
+            for groups in (result.groups, self._problem.ordered(result.groups)):
+                cost_s = self._problem.cost_s(groups)
+                if cost_s < self._cost_s:
+                    self._groups, self._cost_s = groups, cost_s
+        return result.lower_bound_s
+
+    def _closes(self, bound_s: float) -> bool:
+        return bound_s >= self._cost_s * (1 - _EQUAL)
+
+    def _late(self) -> bool:
+        return self._deadline is not None and self._deadline()

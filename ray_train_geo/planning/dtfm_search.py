@@ -21,7 +21,6 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
 from ray_train_geo.planning.dtfm_classes import ClassProblem, Group
-from ray_train_geo.planning.dtfm_order import shortest_path
 
 __all__ = ["search"]
 
@@ -77,7 +76,7 @@ def _constructed(problem: ClassProblem) -> list[tuple[Group, ...]]:
             tuple(sorted(rest[i * problem.replicas : (i + 1) * problem.replicas]))
             for i in range(wanted)
         ]
-        found.append(_ordered(problem, groups))
+        found.append(problem.ordered(groups))
     return list(dict.fromkeys(found))
 
 
@@ -88,12 +87,6 @@ def _near_classes_together(problem: ClassProblem) -> list[int]:
     distances = problem.sync_s.copy()
     np.fill_diagonal(distances, 0.0)
     return [int(c) for c in leaves_list(linkage(squareform(distances), "average"))]
-
-
-def _ordered(problem: ClassProblem, groups: Sequence[Group]) -> tuple[Group, ...]:
-    hops = np.array([[problem.bottleneck_s(a, b) for b in groups] for a in groups])
-    np.fill_diagonal(hops, 0.0)
-    return tuple(groups[i] for i in shortest_path(hops))
 
 
 class _Annealing:

@@ -14,7 +14,8 @@ import numpy as np
 from ortools.sat.python import cp_model
 
 from ray_train_geo.errors import PlanError
-from ray_train_geo.planning.certify_chains import Chain, Chains, DeviceClasses
+from ray_train_geo.planning.certify_chains import Chain, Chains
+from ray_train_geo.planning.certify_classes import DeviceClasses
 from ray_train_geo.planning.certify_packing import Limits, pack
 from ray_train_geo.planning.link_table import Floats, Ints
 from ray_train_geo.planning.problem import Problem
@@ -73,7 +74,7 @@ def best_mix(problem: Problem) -> PipelineMix:
         PlanError: no chain of devices has memory for the model.
     """
     job, options = problem.job, problem.options
-    classes = DeviceClasses.of(problem)
+    classes = DeviceClasses.of(problem, nodes=False)
     classes = classes.merged([0] * len(classes.count))
     shortest, longest = _periods(problem, classes)
     chains = _within_period(problem, classes, longest)

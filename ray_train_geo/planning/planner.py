@@ -27,6 +27,7 @@ from ray_train_geo.planning.draft import draft
 from ray_train_geo.planning.dtfm_plan import dtfm_plan
 from ray_train_geo.planning.evaluate import Candidate, Chain, Evaluation, Evaluator
 from ray_train_geo.planning.local_search import improve, polish
+from ray_train_geo.planning.mixed_kinds import mixed_kinds
 from ray_train_geo.planning.placement import place
 from ray_train_geo.planning.plan import Plan
 from ray_train_geo.planning.problem import PlanOptions, Problem
@@ -42,8 +43,8 @@ _STARTS = 2
 _FINALISTS = 6
 """Plans that the event engine compares."""
 
-_CONSTRUCTIONS = 40_000
-"""Devices in all the constructions that are evaluated together: 600 plans of 64 devices."""
+_CONSTRUCTIONS = 100_000
+"""Devices in all the constructions that are evaluated together: 1,500 plans of 64 devices."""
 
 _TO_CONSTRUCT, _TO_SEARCH, _TO_CERTIFY = 0.4, 0.7, 0.8
 """By which parts of the budget constructions, local search, and the choice must be done."""
@@ -152,7 +153,9 @@ def _constructed(
     least = float("inf")
     left = _CONSTRUCTIONS
     seen: set[Candidate] = set()
-    for bound_s, candidate in chain(_sketched(evaluator, usable), _placed(problem, usable)):
+    for bound_s, candidate in chain(
+        _sketched(evaluator, usable, expired), _placed(problem, usable)
+    ):
         if problem.options.objective == "step-time" and bound_s > _PROMISING * least:
             continue
         if candidate in seen:
@@ -170,12 +173,16 @@ def _constructed(
     return sorted(best.values(), key=lambda e: e.rank)
 
 
-def _sketched(evaluator: Evaluator, usable: list[int]) -> Iterator[tuple[float, Candidate]]:
+def _sketched(
+    evaluator: Evaluator, usable: list[int], expired: Callable[[], bool]
+) -> Iterator[tuple[float, Candidate]]:
     problem = evaluator.problem
     shape = Shape.of(problem)
     if shape.cuts is not None and len(shape.cuts) > 1:
         return  # pipelines of given, unequal depths: only placed by rule
-    for sketch in sketches(evaluator, usable):
+    for candidate in mixed_kinds(problem, usable):
+        yield 0.0, tuple(Chain(c.devices, shape.cut(i)) for i, c in enumerate(candidate))
+    for sketch in sketches(evaluator, usable, expired):
         for candidate in candidates(problem, sketch):
             yield sketch.bound_s, candidate
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ray_train_geo.schedule.one_f_one_b import warmup_forwards
 from ray_train_geo.schedule.timeline import Hop
@@ -26,7 +27,7 @@ from ray_train_geo.schedule.timeline import Hop
 __all__ = ["StageTimes", "choose_warmup"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StageTimes:
     """What one microbatch takes on each stage and hop of a pipeline, in seconds.
 
@@ -40,7 +41,7 @@ class StageTimes:
     down: tuple[Hop, ...]
     up: tuple[Hop, ...]
 
-    @property
+    @cached_property
     def head_s(self) -> list[float]:
         """``[stages]``; from the start to the first forward that comes to a stage."""
         found = [0.0]
@@ -48,7 +49,7 @@ class StageTimes:
             found.append(found[-1] + f + hop.transfer_s + hop.latency_s)
         return found
 
-    @property
+    @cached_property
     def tail_s(self) -> list[float]:
         """``[stages]``; from the end of a stage's last backward to the end of all."""
         found = [0.0]
@@ -56,11 +57,12 @@ class StageTimes:
             found.append(found[-1] + b + hop.transfer_s + hop.latency_s)
         return found
 
-    @property
+    @cached_property
     def round_s(self) -> float:
         """One microbatch alone, down and up."""
         return self.head_s[-1] + self.forward_s[-1] + self.tail_s[-1] + self.backward_s[-1]
 
+    @cached_property
     def below_s(self) -> list[float]:
         """``[stages]``; from the end of a forward to the start of its backward."""
         whole = self.round_s
@@ -71,6 +73,7 @@ class StageTimes:
             )
         ]
 
+    @cached_property
     def paces_s(self) -> list[tuple[float, float]]:
         """``[stages]``; seconds from one warmup forward to the next, and between last backwards.
 
@@ -88,7 +91,7 @@ class StageTimes:
         """``[stages]``; what the warmup leaves of the round trips at the step's two ends."""
         return [
             max(0.0, below - w * f) + max(0.0, below - w * b)
-            for below, w, (f, b) in zip(self.below_s(), warmup, self.paces_s(), strict=True)
+            for below, w, (f, b) in zip(self.below_s, warmup, self.paces_s, strict=True)
         ]
 
     def turns(self, warmup: Sequence[int], microbatches: int) -> tuple[float, float]:
@@ -104,14 +107,17 @@ class StageTimes:
         through = [
             end + f + b for end, f, b in zip(ends, self.forward_s, self.backward_s, strict=True)
         ]
-        lines = [(self.round_s, 0.0)]
-        for t in range(len(ends)):
-            for s in range(t + 1):
-                if warmup[s] < microbatches - 1:
-                    around = through[t] - ends[s]
-                    period = around / (warmup[s] - warmup[t] + 1)
-                    lines.append((ends[s] + around - (1 + warmup[t]) * period, period))
-        return max(lines, key=lambda line: line[0] + line[1] * microbatches)
+        best, worst_s = (self.round_s, 0.0), self.round_s
+        for s, (end, held) in enumerate(zip(ends, warmup, strict=True)):
+            if held >= microbatches - 1:
+                continue
+            for t in range(s, len(ends)):
+                around = through[t] - end
+                period = around / (held - warmup[t] + 1)
+                intercept = end + around - (1 + warmup[t]) * period
+                if intercept + period * microbatches > worst_s:
+                    best, worst_s = (intercept, period), intercept + period * microbatches
+        return best
 
 
 def choose_warmup(
@@ -157,7 +163,7 @@ def _lengthened(times: StageTimes, microbatches: int, usual: Sequence[int]) -> l
     ]
     slowest_hop = max((hop.transfer_s for hop in (*times.down, *times.up)), default=0.0)
     goal = max(*busy, times.round_s + (microbatches - 1) * slowest_hop)
-    below, paces, wanted = times.below_s(), times.paces_s(), list(usual)
+    below, paces, wanted = times.below_s, times.paces_s, list(usual)
     for s in reversed(range(len(usual) - 1)):
         wanted[s] = wanted[s + 1] + usual[s] - usual[s + 1]
         slack = goal - busy[s]

@@ -27,12 +27,12 @@ def test_heads_tails_and_the_round():
     assert t.head_s == [0, 1.75, 4.75]
     assert t.tail_s == [0, 4, 12]
     assert t.round_s == 4.75 + 3 + 12 + 6
-    assert t.below_s() == [25.75 - 3, 25.75 - 5.75 - 6, 0]
+    assert t.below_s == [25.75 - 3, 25.75 - 5.75 - 6, 0]
 
 
 def test_nothing_is_faster_than_what_feeds_it():
     t = times([1, 2, 1], [3, 1, 1], [(0, 0.5), (0, 4)], [(0, 5), (0, 0.5)])
-    assert t.paces_s() == [(1, 5), (2, 1), (4, 1)]
+    assert t.paces_s == [(1, 5), (2, 1), (4, 1)]
 
 
 def test_near_equal_stages_want_the_usual_warmup():
