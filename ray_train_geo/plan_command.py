@@ -30,6 +30,7 @@ _MOST_TABLES = 12
 """Kinds of pipelines that are shown; ``--json`` has all."""
 
 _GIB = 2**30
+_TO_EXPLAIN = 0.1  # of the time for the search: for what would help
 _ROOMY, _WIDE = 100, 140  # columns of a terminal: from where on tables have air, and no more
 
 
@@ -120,6 +121,7 @@ def plan(
             vocab_size = vocab_size or _tokenizer_vocab(job)
             if scenario is None and topology is None:
                 devices = _live_topology(job, address)
+        from ray_train_geo.planning.budget import Budget
         from ray_train_geo.planning.explain import explain
         from ray_train_geo.planning.request import request
 
@@ -147,7 +149,9 @@ def plan(
             overrides=() if job is not None else overrides or (),
         )
         made = wanted.plan()
-        explained = explain(made, wanted.topology, wanted.job, wanted.vocab_size)
+        # Large clusters take a second for each change that may help.
+        trying = Budget(None if budget_s is None else _TO_EXPLAIN * budget_s)
+        explained = explain(made, wanted.topology, wanted.job, wanted.vocab_size, trying)
         if picture is not None:
             _draw(picture, made, wanted)
         if as_json:

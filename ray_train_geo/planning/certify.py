@@ -32,7 +32,8 @@ from ray_train_geo.planning.certify_sync import (
     sync_cases,
     within_nodes,
 )
-from ray_train_geo.planning.certify_time import Bools, Tail, chains_in_time
+from ray_train_geo.planning.certify_time import Tail, chains_in_time
+from ray_train_geo.planning.certify_ways import Bools, Ways
 from ray_train_geo.planning.codecs import wire_bytes
 from ray_train_geo.planning.cost import lower_bound_s
 from ray_train_geo.planning.link_table import Floats, Ints, LinkTable
@@ -50,6 +51,8 @@ _COUNT_RATIO = 1.01
 _EXACT_PIPELINES = 12
 _PIPELINES_RATIO = 1.3
 _TIMES = 1500
+_MOST_PLACES = 0
+"""With more sites, a pipeline may go from each to each that some chain of hops joins."""
 _FOR_EVER_S = 1e30
 """Step times that the bound on dollars looks at."""
 
@@ -162,7 +165,8 @@ class _Search:
         self.message_bytes = min(wire_bytes(c, elements, precision) for c in codecs)
         latency, per_byte = between_nodes(self.table)
         transfer = self.message_bytes * per_byte
-        self.hop_merges = components(np.maximum(transfer, transfer.T))
+        self.across_s: Floats = np.maximum(transfer, transfer.T)
+        self.hop_merges = components(self.across_s)
         self.hop_s = self._cheapest_hop_s(latency + transfer)
         self.fewest, self.most = _counts(self.total, problem.job.parallelism.microbatches)
         self.shallowest = self._shallowest()
@@ -239,34 +243,72 @@ class _Search:
 
     def may_step_in(self, time_s: float, case: _Case) -> bool:
         """False is a proof that no plan of this case steps in ``time_s``."""
-        within = self._within_reach(time_s, case.sync.sites)
-        allowed = within[:, self.classes.site]
-        classes = self.classes.merged([column.tobytes() for column in allowed.T])
-        classes = classes.by_use(case.pipelines[1])
-        index = self.table.site[[group[0] for group in classes.devices]]
+        left_s = time_s - case.tail.commit_s
+        if left_s <= 0:
+            return False
+        longest = left_s / self.fewest * (1 + 1e-9)  # of a hop: it carries every microbatch
+        must = np.array(case.sync.sites)
+        if len(must) <= _MOST_PLACES:
+            classes = self.classes.by_use(case.pipelines[1])
+            ways = self._ways(left_s, longest, classes.site, must)
+            allowed, one_node = None, self._on_one_node(longest, ways)
+        else:
+            within = self._within_reach(longest, must)
+            marks = [column.tobytes() for column in within[:, self.classes.site].T]
+            classes = self.classes.merged(marks).by_use(case.pipelines[1])
+            ways, one_node = None, None
+            allowed = within[:, classes.site]
         chains = chains_in_time(
             self.problem,
             classes,
             np.full(len(self.fewest), time_s),
             self.fewest,
             case.tail,
-            allowed=within[:, index],
+            allowed=allowed,
+            one_node=one_node,
         )
+        chains = replace(chains, ways=ways)
         job, options = self.problem.job, self.problem.options
-        limits = Limits(case.pipelines[1], job.scaling.max_devices, options.max_dollars_per_hour)
+        limits = Limits(case.pipelines, job.scaling.max_devices, options.max_dollars_per_hour)
         return can_reach(self.total, self.most.astype(float), chains, classes, limits)
 
-    def _within_reach(self, time_s: float, meet: tuple[bool, ...]) -> Bools:
-        """``[counts, sites]``; sites of pipelines that pass one of the sites ``meet``.
+    def _ways(self, left_s: float, longest: Floats, place: Ints, meet: Bools) -> Ways:
+        """Hops between sites that pipelines of each count of microbatches may take."""
+        table, sites = self.table, len(meet)
+        crowded = np.zeros(sites, dtype=bool)
+        crowded[table.site[(np.bincount(table.node) > 1)[table.node]]] = True
+        ways = self.across_s <= longest[:, None, None]
+        ways[:, np.arange(sites), np.arange(sites)] |= crowded
+        region = np.zeros(sites, dtype=np.int64)
+        region[table.site] = table.region
+        shared = np.maximum(table.uplink_seconds_per_byte, table.uplink_seconds_per_byte.T)
+        pairs = np.argwhere(np.triu(shared, 1) > 0)
+        number = np.full(shared.shape, -1)
+        number[pairs[:, 0], pairs[:, 1]] = number[pairs[:, 1], pairs[:, 0]] = np.arange(len(pairs))
+        per_byte = shared[pairs[:, 0], pairs[:, 1]]
+        return Ways(
+            place=place,
+            meet=meet,
+            open=ways,
+            uplink=number[region[:, None], region],
+            uplink_s=self.fewest[:, None] * self.message_bytes * per_byte,
+            left_s=left_s,
+        )
 
-        A hop carries every microbatch, so it takes at most ``time / microbatches`` for each.
-        """
-        must = np.array(meet)
+    def _on_one_node(self, longest: Floats, ways: Ways) -> Bools:
+        """``[n, classes]``; where a stage can be followed on its own node only."""
+        sites = np.arange(len(ways.meet))
+        alone = np.diag(self.across_s) > longest[:, None]
+        found: Bools = alone & (ways.open.sum(axis=2) - ways.open[:, sites, sites] == 0)
+        return found[:, ways.place]
+
+    def _within_reach(self, longest: Floats, must: Bools) -> Bools:
+        """``[counts, sites]``; sites of pipelines that pass one of the sites ``must``."""
         costs = np.array([cost for cost, _ in self.hop_merges])
         reach = [must]
         for _, labels in self.hop_merges:
             reach.append(np.isin(labels, labels[must]))
-        level: Ints = np.searchsorted(costs, time_s / self.fewest * (1 + 1e-9), side="right")
+        level: Ints = np.searchsorted(costs, longest, side="right")
         return np.array(reach)[level]
 
     def least_s(self, case: _Case, below_s: float) -> float:

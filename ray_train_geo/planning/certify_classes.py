@@ -25,7 +25,7 @@ from ray_train_geo.planning.problem import Problem
 
 __all__ = ["DeviceClasses"]
 
-_MOST_CLASSES = 32
+_MOST_CLASSES = 0
 """With more classes, how many pipelines a node serves is left open."""
 
 

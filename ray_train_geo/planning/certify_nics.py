@@ -33,6 +33,8 @@ StageKind = Literal["first", "inner", "last", "only"]
 ENDS: Mapping[StageKind, int] = {"first": 1, "inner": 0, "last": 1, "only": 2}
 """Ends of the pipeline that a stage is at, where no messages pass."""
 
+_ALL = slice(None)
+
 
 def member_share(mode: GradientSyncName, members: int, together: Ints) -> Floats:
     """What each member of a group sends over its node's NIC at least, in parts of the gradients.
@@ -151,11 +153,10 @@ class Asks:
     hops: Mapping[StageKind, Floats]
     delay_s: Floats
 
-    def cost(self, kind: StageKind, above: int, most: int, questions: slice) -> Floats:
+    def cost(self, kind: StageKind, above: int, most: int, questions: int | slice = _ALL) -> Floats:
         """``[questions, most, classes]``; of 1, 2, ... ``most`` layers behind ``above``."""
-        cost: Floats = (
-            self.fixed[kind][questions, :most]
-            + self.delay_s[questions, above, None, None] * self.delayed[kind][:most]
-        )
-        cost += self.hops[kind][questions, None, :]
+        fixed, hops = self.fixed[kind][questions], self.hops[kind][questions]
+        delay_s = self.delay_s[questions, above, None, None]
+        cost: Floats = fixed[..., :most, :] + delay_s * self.delayed[kind][:most]
+        cost += hops[..., None, :]
         return cost

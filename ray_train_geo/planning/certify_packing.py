@@ -28,15 +28,22 @@ _ROUNDS = 60
 _NEW_CHAINS = 6
 _SLACK = 1e-7
 """Relative; sums and the program's tolerances round."""
+_MANY = 1_000_000
+_PENALTY = 2.0
+"""In parts of the best pipeline, for each that is missing."""
 _SMALL_POOL = 256
 """Up to so many devices, whole pipelines are packed exactly by depth."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a plan may use in all; None is open."""
+    """What a plan may use in all; None is open.
 
-    pipelines: int | None = None
+    Args:
+        pipelines: fewest and most.
+    """
+
+    pipelines: tuple[int, int] | None = None
     devices: int | None = None
     dollars_per_hour: float | None = None
 
@@ -90,8 +97,7 @@ def pack(
         prices = program.prices(duals)
         cheapest = chains.cheapest(*prices)
         cost = cheapest.cost
-        if limits.pipelines is not None:
-            cost = cost + duals[program.pipelines]
+        cost = cost + duals[program.pipelines] - duals[program.pipelines + 1]
         reachable = np.isfinite(cost) & (worth > 0)
         if not reachable.any():
             return Packing(0.0, (), ())
@@ -122,20 +128,21 @@ def _bound(worth: Floats, cost: Floats, limits_worth: float, limits: Limits) -> 
     if (cost > 0).all():
         found = float((worth / cost).max()) * limits_worth
     if limits.pipelines is not None:
-        gain = limits.pipelines * max(0.0, float((worth - cost).max()))
-        found = min(found, limits_worth + gain, float(worth.max()) * limits.pipelines)
+        most = limits.pipelines[1]
+        gain = most * max(0.0, float((worth - cost).max()))
+        found = min(found, limits_worth + gain, float(worth.max()) * most)
     return found
 
 
 class _Program:
     """The rows of the linear program, and the columns of nodes.
 
-    Rows: devices of each class, limits on the plan, pipelines, then for each use of nodes with
-    several devices its tangents, messages, and pipelines served, and nodes of each pool.
+    Rows: devices of each class, limits on the plan, most and fewest pipelines, then for each use of nodes with
+    several devices its tangents, messages, and pipelines served, uplinks, and nodes of each pool.
 
     Attributes:
         most: ``[rows]``; right-hand sides.
-        pipelines: row of the number of pipelines.
+        pipelines: row of the most pipelines; that of the fewest is the next.
     """
 
     def __init__(self, chains: Chains, classes: DeviceClasses, limits: Limits) -> None:
@@ -156,13 +163,18 @@ class _Program:
         if chains.nics is not None:
             self.shared = sorted(set(self.use[chains.nics.classes].tolist()))
         self.tangents = 0 if chains.nics is None else len(chains.nics.tangents)
-        self.nic_rows = self.pipelines + 1
+        self.nic_rows = self.pipelines + 2
         self.per_use = self.tangents + 2
         pools = np.unique(classes.pool)
-        self.pool_rows = self.nic_rows + self.per_use * len(self.shared)
+        self.uplink_rows = self.nic_rows + self.per_use * len(self.shared)
+        uplinks = 0 if chains.ways is None else chains.ways.uplink_s.shape[1]
+        self.pool_rows = self.uplink_rows + uplinks
         self.most = np.zeros(self.pool_rows + len(pools))
         self.most[count : self.pipelines] = [x for _, x in named if x is not None]
-        self.most[self.pipelines] = 1e9 if limits.pipelines is None else limits.pipelines
+        fewest, most = limits.pipelines or (0, _MANY)
+        self.most[self.pipelines : self.nic_rows] = most, -fewest
+        if chains.ways is not None:
+            self.most[self.uplink_rows : self.pool_rows] = chains.ways.left_s
         self.most[self.pool_rows :] = [
             classes.count[c] / classes.on_node[c]
             for c in (int(np.flatnonzero(classes.pool == pool)[0]) for pool in pools)
@@ -198,20 +210,21 @@ class _Program:
             duals[pool] = worth[self.nodes[pool] > 0].max()
         return duals
 
-    def prices(self, duals: Floats) -> tuple[Floats, NicPrices | None]:
-        """Of devices by class, and of NICs."""
+    def prices(self, duals: Floats) -> tuple[Floats, NicPrices | None, Floats]:
+        """Of devices by class, of NICs, and of uplinks."""
+        uplinks = duals[self.uplink_rows : self.pool_rows]
         limited = duals[self.count : self.pipelines] @ self.limited
         devices: Floats = duals[: self.count] + limited
         nics = self.chains.nics
         if nics is None:
-            return devices, None
+            return devices, None, uplinks
         early, load, hop, touch = np.zeros((4, self.count))
         for i, c in enumerate(nics.classes.tolist()):
             row = self._nic_row(int(self.use[c]))
             tangents = duals[row : row + self.tangents]
             early[c], load[c] = tangents.sum(), tangents @ nics.tangents[:, i]
             hop[c], touch[c] = duals[row + self.tangents], duals[row + self.tangents + 1]
-        return devices, NicPrices(early, load, hop, touch)
+        return devices, NicPrices(early, load, hop, touch), uplinks
 
     def column(self, chain: Chain, question: int, prices: NicPrices | None) -> Floats:
         """What a chain needs."""
@@ -219,8 +232,10 @@ class _Program:
         used = np.bincount(chain.classes, minlength=self.count)
         column[: self.count] = used
         column[self.count : self.pipelines] = self.limited @ used
-        column[self.pipelines] = 1.0
-        nics = self.chains.nics
+        column[self.pipelines : self.nic_rows] = 1.0, -1.0
+        nics, ways = self.chains.nics, self.chains.ways
+        if ways is not None:
+            column[self.uplink_rows : self.pool_rows] = ways.asked(chain.classes, question)
         if nics is None or prices is None:
             return column
         stages = list(zip(chain.classes, chain.layers, strict=True))
@@ -234,10 +249,12 @@ class _Program:
 
     def solve(self, worth: Floats, columns: Floats) -> tuple[float, Floats]:
         """The optimum with these columns, and its dual prices."""
-        objective = np.concatenate([-worth, np.zeros(self.nodes.shape[1])])
+        missing = np.zeros((len(self.most), 1))  # a pipeline for which there is no column yet
+        missing[self.pipelines + 1] = -1.0
+        objective = np.concatenate([-worth, [_PENALTY * worth.max()], np.zeros(len(self.nodes.T))])
         solution = linprog(
             objective,
-            A_ub=np.hstack([columns, self.nodes]),
+            A_ub=np.hstack([columns, missing, self.nodes]),
             b_ub=self.most,
             bounds=(0, None),
             method="highs",
@@ -272,7 +289,7 @@ def _whole_pipelines(worth: Floats, chains: Chains, devices: int, limits: Limits
         return 0.0
     pipelines = devices // useful[0][0]
     if limits.pipelines is not None:
-        pipelines = min(pipelines, limits.pipelines)
+        pipelines = min(pipelines, limits.pipelines[1])
     for _ in range(pipelines):
         more = best.copy()
         for d, value in useful:

@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ray_train_geo.model.catalog import (
     embedding_parameters,
@@ -31,13 +30,12 @@ from ray_train_geo.planning.certify_chains import Chains
 from ray_train_geo.planning.certify_classes import DeviceClasses
 from ray_train_geo.planning.certify_nics import NicUse, StageKind, member_share
 from ray_train_geo.planning.certify_sync import GroupFloor
+from ray_train_geo.planning.certify_ways import Bools
 from ray_train_geo.planning.link_table import Floats, Ints
 from ray_train_geo.planning.problem import Problem
 from ray_train_geo.spec import GradientSyncName
 
 __all__ = ["Tail", "chains_in_time"]
-
-Bools = NDArray[np.bool_]
 
 _GRADIENT_BYTES = 4
 _SLACK = 1e-9
@@ -78,6 +76,7 @@ def chains_in_time(
     tail: Tail,
     *,
     allowed: Bools | None = None,
+    one_node: Bools | None = None,
     lasting: bool = False,
 ) -> Chains:
     """Chains that can do ``microbatches[i]`` and have stepped by ``time_s[i]`` as far as one sees.
@@ -85,6 +84,7 @@ def chains_in_time(
     Args:
         time_s, microbatches: ``[n]``.
         allowed: ``[n, classes]``; devices that may be used at all.
+        one_node: ``[n, classes]``; devices whose pipelines can't leave their node.
         lasting: only limits for which the least time of a chain divided by ``m`` does not grow
             with ``m``: GPipe's memory does not count, nor what runs beside the last backward.
     """
@@ -127,11 +127,26 @@ def chains_in_time(
         most(last, anywhere, memory[2], exposed_s, message_s),
         most(only, nothing, memory[3], np.zeros((1, 1, 1)), 0 * message_s),
     )
+    if one_node is not None:
+        tables = _on_one_node(problem.dims.layers, classes, one_node, tables)
     chains = _as_the_job_says(problem, tables)
-    if lasting or tail.mode is None or not (classes.node_size > 1).any():
+    if True or lasting or tail.mode is None or not (classes.node_size > 1).any():
         return chains
     stages: dict[StageKind, _Stage] = {"first": first, "inner": inner, "last": last, "only": only}
     return replace(chains, nics=_nic_use(stages, classes, tail, many, left_s, down_s))
+
+
+def _on_one_node(
+    layers: int, classes: DeviceClasses, one_node: Bools, tables: tuple[Ints, Ints, Ints, Ints]
+) -> tuple[Ints, Ints, Ints, Ints]:
+    """Without the devices of nodes that can't hold all layers, where a node must."""
+    first, inner, last, only = tables
+    most = np.maximum.reduce([first[:, 0], inner[:, 0], last[:, 0], only[:, 0]])
+    same = (classes.pool[:, None] == classes.pool) & (classes.serves[:, :1] == classes.serves[:, 0])
+    holds = (most * classes.on_node) @ same
+    fits = ~one_node | (holds >= layers)
+    within = fits[:, None, :]
+    return first * within, inner * within, last * within, only * within
 
 
 def _nic_use(

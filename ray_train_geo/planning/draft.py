@@ -27,6 +27,8 @@ def draft(problem: Problem, found: Evaluation) -> Plan:
     prediction = predict(problem, pipelines, schedule, found.gradient_sync)
     numbers = [d for p in found.pipelines for d in p.devices]
     value = objective_value(problem, prediction.step_s, numbers)
+    if prediction.static_shares:
+        notes.append("predicted with constant shares of NICs and uplinks: the plan is large")
     return Plan(
         layers=problem.dims.layers,
         pipelines=tuple(pipelines),

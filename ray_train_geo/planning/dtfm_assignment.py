@@ -14,7 +14,7 @@ from ray_train_geo.errors import PlanError
 from ray_train_geo.planning.device_classes import DeviceClasses, device_classes
 from ray_train_geo.planning.dtfm import DtfmCost, DtfmWorkload, PairCosts, group_cost
 from ray_train_geo.planning.dtfm_classes import ClassProblem, Group
-from ray_train_geo.planning.dtfm_exact import Minimum, minimum
+from ray_train_geo.planning.dtfm_exact import Minimum, minimum, sketch
 from ray_train_geo.planning.dtfm_matching import bottleneck_matching
 from ray_train_geo.planning.dtfm_search import search
 
@@ -22,7 +22,7 @@ __all__ = ["DtfmAssignment", "dtfm_assignment"]
 
 Ints = NDArray[np.int64]
 
-_MOVES_TIMES_DEVICES = 2_500_000
+_MOVES_TIMES_DEVICES, _MOVES_TIMES_MATCHINGS = 2_500_000, 200_000_000
 _PROOF_EFFORT = 60.0
 _MOST_PAIRS = 10_000
 """Pairs of classes over all hops: a larger model takes minutes to build and proves nothing."""
@@ -87,13 +87,18 @@ def dtfm_assignment(
     classes = device_classes(costs.table)
     problem = ClassProblem.of(costs, classes, stages, replicas)
     if moves is None:
-        moves = _MOVES_TIMES_DEVICES // (stages * replicas)
+        moves = min(
+            _MOVES_TIMES_DEVICES // (stages * replicas),
+            _MOVES_TIMES_MATCHINGS // (stages * replicas**2),
+        )
     regions = _regions(costs, classes)
     relaxed = problem.merged(regions)
     coarse = search(relaxed, seed, moves // 2, deadline=deadline)
     start = _expanded(coarse, regions, problem.sizes)
     chosen = search(problem, seed, moves - moves // 2, [start], deadline)
     bound_s, argument = _simple_bound(problem)
+    if not prove and _fits(problem):
+        chosen = sketch(problem, problem.cost_s(chosen), deadline) or chosen
     if prove and _fits(problem):
         found = minimum(problem, problem.cost_s(chosen), proof_effort, deadline)
         chosen = found.groups or chosen

@@ -6,6 +6,7 @@ class 0 and one of class 3.  Twins make groups of the same classes cost the same
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,13 +17,16 @@ from numpy.typing import NDArray
 
 from ray_train_geo.planning.device_classes import DeviceClasses
 from ray_train_geo.planning.dtfm import PairCosts
-from ray_train_geo.planning.dtfm_matching import bottleneck_matching
+from ray_train_geo.planning.dtfm_matching import bottleneck_flow, bottleneck_matching
 from ray_train_geo.planning.dtfm_order import shortest_path
 
 __all__ = ["ClassProblem", "Group"]
 
 Floats = NDArray[np.float64]
 Group = tuple[int, ...]
+
+_MOST_MATCHED = 64
+"""Devices of a group that are matched one by one; of more, a flow between classes is faster."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +100,12 @@ class ClassProblem:
         key = (a, b) if a <= b else (b, a)
         found = self._hop.get(key)
         if found is None:
-            found = bottleneck_matching(self.hop_s[np.ix_(a, b)])[0]
+            if len(a) <= _MOST_MATCHED:
+                found = bottleneck_matching(self.hop_s[np.ix_(a, b)])[0]
+            else:
+                rows, columns = Counter(a), Counter(b)
+                weights = self.hop_s[np.ix_(list(rows), list(columns))]
+                found = bottleneck_flow(weights, list(rows.values()), list(columns.values()))
             self._hop[key] = found
         return found
 

@@ -27,12 +27,13 @@ from ray_train_geo.planning.dtfm_positions import PositionModel
 from ray_train_geo.planning.dtfm_solver import Result
 from ray_train_geo.planning.dtfm_types import group_types
 
-__all__ = ["Minimum", "minimum"]
+__all__ = ["Minimum", "minimum", "sketch"]
 
 _PIECES = 6
 _FIRST_EFFORT, _EFFORT_GROWTH = 1.5, 1.5  # of a piece, and of its halves
 _MOST_TYPES, _MOST_ORDERED_TYPES = 600, 160
-_ORDER_EFFORT = 4.0  # times that of a piece: what it proves, no halving improves
+_SKETCH_EFFORT = 1.5
+_ORDER_EFFORT = 10.0  # times that of a piece: what it proves, no halving improves
 _EQUAL = 1e-9
 """Bounds that are closer to a cost than this part of it are equal to it: so is its own rounding."""
 
@@ -73,8 +74,6 @@ def minimum(
     upper_s: float,
     effort: float,
     deadline: Callable[[], bool] | None = None,
-    *,
-    thorough: bool = True,
 ) -> Minimum:
     """The least cost of ``problem``, of which a placement is known to cost ``upper_s``.
 
@@ -83,9 +82,18 @@ def minimum(
             spend; what is not proven by then leaves ``lower_bound_s`` below ``cost_s``.
         deadline: asked several times a second, from a second thread too; true stops as if
             ``effort`` were spent.
-        thorough: false looks at each piece once, with the cheapest model only.
     """
-    return _Proof(problem, upper_s, deadline).run(effort, thorough)
+    proof = _Proof(problem, upper_s, deadline)
+    return proof.finish(proof.count_runs_of_all(effort), effort)
+
+
+def sketch(
+    problem: ClassProblem, upper_s: float, deadline: Callable[[], bool] | None = None
+) -> tuple[Group, ...] | None:
+    """A placement that costs less than ``upper_s``, if the cheapest model meets one."""
+    proof = _Proof(problem, upper_s, deadline)
+    proof.count_runs_of_all(_SKETCH_EFFORT)
+    return proof.groups
 
 
 class _Proof:
@@ -97,18 +105,24 @@ class _Proof:
         self._problem = problem
         self._deadline = deadline
         self._cost_s = upper_s
-        self._groups: tuple[Group, ...] | None = None
+        self.groups: tuple[Group, ...] | None = None
         self._spent = 0.0
         self._hops_s = (problem.stages - 1) * problem.least_hop_s()
 
-    def run(self, effort: float, thorough: bool) -> Minimum:
-        closed_s, left = math.inf, []
+    def count_runs_of_all(self, effort: float) -> list[_Piece]:
+        """Each piece of the range, with its bound by levels as far as ``effort`` goes."""
+        pieces = []
         for piece in self._cut():
             granted = min(piece.effort, effort - self._spent)
             if granted > 0 and not self._late():
                 piece = replace(piece, lower_bound_s=self._count_runs(piece, granted))
-            left.append(piece)
-        while left and thorough and self._spent < effort and not self._late():
+            pieces.append(piece)
+        return pieces
+
+    def finish(self, left: list[_Piece], effort: float) -> Minimum:
+        """Close one open piece after the other."""
+        closed_s = math.inf
+        while left and self._spent < effort and not self._late():
             # The weakest bound first: it is the bound of all.
             piece = left.pop(min(range(len(left)), key=lambda i: left[i].lower_bound_s))
             granted = min(piece.effort, effort - self._spent)
@@ -127,7 +141,7 @@ class _Proof:
         lower_s = min([closed_s, self._cost_s, *(piece.lower_bound_s for piece in left)])
         if self._closes(lower_s):
             lower_s = self._cost_s
-        return Minimum(lower_s, self._groups, self._cost_s, self._spent)
+        return Minimum(lower_s, self.groups, self._cost_s, self._spent)
 
     def _cut(self) -> list[_Piece]:
         least_s = self._problem.least_data_parallel_s()
@@ -177,7 +191,7 @@ class _Proof:
             for groups in (result.groups, self._problem.ordered(result.groups)):
                 cost_s = self._problem.cost_s(groups)
                 if cost_s < self._cost_s:
-                    self._groups, self._cost_s = groups, cost_s
+                    self.groups, self._cost_s = groups, cost_s
         return result.lower_bound_s
 
     def _closes(self, bound_s: float) -> bool:

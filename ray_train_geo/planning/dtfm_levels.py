@@ -51,9 +51,7 @@ class LevelModel:
         low_s: what data parallelism counts at least.
     """
 
-    def __init__(
-        self, problem: ClassProblem, types: Ints, low_s: float, cost_s: float
-    ) -> None:
+    def __init__(self, problem: ClassProblem, types: Ints, low_s: float, cost_s: float) -> None:
         self._problem, self._types = problem, types
         self._sync_s = np.array([problem.data_parallel_s(as_group(t)) for t in types])
         self._scale = _SCALE / cost_s
@@ -61,13 +59,16 @@ class LevelModel:
         self._least_path_s = (problem.stages - 1) * problem.least_hop_s()
         self._slack_s = cost_s - low_s - self._least_path_s
         self._model = cp_model.CpModel()
-        self._most = [self._repeats(dict(enumerate(t))) for t in types.tolist()]
+        room = np.array([sum(problem.sizes[c] for c in orbit) for orbit in problem.orbits])
+        used = np.stack([types[:, orbit].sum(axis=1) for orbit in problem.orbits], axis=1)
+        # A type stands for all that its orbits make of it: only the orbits' devices limit it.
+        repeats = np.where(used > 0, room // np.maximum(used, 1), problem.stages).min(axis=1)
+        self._most = np.minimum(repeats, problem.stages).tolist()
         self._number = [self._model.new_int_var(0, most, "number") for most in self._most]
         self._model.add(sum(self._number) == problem.stages)
-        for orbit in problem.orbits:
-            room = sum(problem.sizes[c] for c in orbit)
-            used = types[:, orbit].sum(axis=1).tolist()
-            self._model.add(sum(u * n for u, n in zip(used, self._number, strict=True)) <= room)
+        for devices, column in zip(room.tolist(), used.T.tolist(), strict=True):
+            numbers = zip(column, self._number, strict=True)
+            self._model.add(sum(taken * number for taken, number in numbers) <= devices)
         top = max(self._units(self._slack_s), 0) + 1
         self._excess = self._model.new_int_var(0, top, "excess")
         self._model.add(self._excess >= self._slow_hops())
@@ -95,6 +96,8 @@ class LevelModel:
 
     def add_order(self) -> None:
         """Let the hops cost at least what a path over the types in use does.
+
+        Only where all classes are distinct: a type of an orbit stands for several.
 
         A hop's excess is split: each end pays the half of the least excess that its type ever has.
         The rest is a distance between types; by way of others it may be shorter, so that skipping
@@ -127,11 +130,6 @@ class LevelModel:
 
     def _units(self, seconds: float) -> int:
         return math.floor(seconds * self._scale)
-
-    def _repeats(self, used: dict[int, int]) -> int:
-        """How many groups may use that many devices of each class."""
-        sizes = self._problem.sizes
-        return min([self._problem.stages, *(sizes[c] // n for c, n in used.items() if n)])
 
     def _data_parallel(self, low_s: float) -> cp_model.LinearExprT:
         """The slowest type's: one step up for each value that a type in use has."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_flow
 
-__all__ = ["bottleneck_matching"]
+__all__ = ["bottleneck_flow", "bottleneck_matching"]
 
 Floats = NDArray[np.float64]
 
@@ -39,6 +43,33 @@ def bottleneck_matching(weights: Floats) -> tuple[float, tuple[int, ...]]:
             owner = reached[column]
             row_of[column], column_of[owner], column = owner, column, column_of[owner]
     return threshold, tuple(column_of)
+
+
+def bottleneck_flow(weights: Floats, rows: Sequence[int], columns: Sequence[int]) -> float:
+    """The largest weight of the best perfect matching, of rows and columns that repeat.
+
+    Args:
+        weights: ``[kinds of rows, kinds of columns]``.
+        rows, columns: how often each kind occurs; both add up to the same.
+    """
+    levels = np.unique(weights)
+    low, high = 0, len(levels) - 1
+    while low < high:  # the least level over whose edges all rows flow to all columns
+        middle = (low + high) // 2
+        if _flows(weights <= levels[middle], rows, columns):
+            high = middle
+        else:
+            low = middle + 1
+    return float(levels[low])
+
+
+def _flows(edges: NDArray[np.bool_], rows: Sequence[int], columns: Sequence[int]) -> bool:
+    sink = 1 + len(rows) + len(columns)
+    capacity = np.zeros((sink + 1, sink + 1), dtype=np.int32)
+    capacity[0, 1 : 1 + len(rows)] = rows
+    capacity[1 : 1 + len(rows), 1 + len(rows) : sink] = edges * sum(rows)
+    capacity[1 + len(rows) : sink, sink] = columns
+    return int(maximum_flow(csr_array(capacity), 0, sink).flow_value) == sum(rows)
 
 
 def _masks(weights: Floats, threshold: float) -> list[int]:

@@ -14,7 +14,7 @@ The construction tries each run length; annealing swaps columns between runs, no
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from scipy.cluster.hierarchy import leaves_list, linkage
@@ -25,6 +25,7 @@ from ray_train_geo.planning.dtfm_classes import ClassProblem, Group
 __all__ = ["search"]
 
 _STARTS = 3
+_MOST_FIRSTS = 32
 _HOT, _COLD = 0.1, 0.001  # temperatures, as parts of the first cost
 _MOST_REMEMBERED = 200_000
 
@@ -56,9 +57,15 @@ def search(
 
 
 def _constructed(problem: ClassProblem) -> list[tuple[Group, ...]]:
-    """One placement for each run length."""
+    """One placement for each run length, and for each class to begin with if some are left out."""
     near = _near_classes_together(problem)
-    found = []
+    spare = sum(problem.sizes) > problem.stages * problem.replicas
+    firsts = range(min(len(near), _MOST_FIRSTS)) if spare else range(1)
+    found = [groups for i in firsts for groups in _by_run_length(problem, near[i:] + near[:i])]
+    return list(dict.fromkeys(found))
+
+
+def _by_run_length(problem: ClassProblem, near: list[int]) -> Iterator[tuple[Group, ...]]:
     for run in range(1, problem.stages + 1):
         columns = [c for c in near for _ in range(problem.sizes[c] // run)]
         runs = problem.stages // run
@@ -76,8 +83,7 @@ def _constructed(problem: ClassProblem) -> list[tuple[Group, ...]]:
             tuple(sorted(rest[i * problem.replicas : (i + 1) * problem.replicas]))
             for i in range(wanted)
         ]
-        found.append(problem.ordered(groups))
-    return list(dict.fromkeys(found))
+        yield problem.ordered(groups)
 
 
 def _near_classes_together(problem: ClassProblem) -> list[int]:

@@ -26,7 +26,7 @@ __all__ = ["as_group", "excess_between", "group_types"]
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-_STEPS_PER_TYPE = 20
+_STEPS_PER_TYPE = 100
 """Enumeration gives up after this many steps for each type that it may find."""
 
 
@@ -54,7 +54,6 @@ def group_types(problem: ClassProblem, high_s: float, limit: int) -> Ints | None
         c = len(counts)
         if left == 0:
             found.append(counts + [0] * (classes - c))
-        steps += 1
         if len(found) > limit or steps > _STEPS_PER_TYPE * limit:
             return None
         if left == 0 or c == classes:
@@ -62,10 +61,12 @@ def group_types(problem: ClassProblem, high_s: float, limit: int) -> Ints | None
         most = min(left, problem.sizes[c], counts[before[c]] if c in before else left)
         present = np.flatnonzero(counts)
         for count in range(max(0, left - int(room_after[c + 1])), most + 1):
+            steps += 1
             total_s = exchange_s + count * problem.sync_s[c]
             inside = np.append(present, c) if count else present
-            if (total_s[inside] - own_s[inside] <= high_s).all():
-                stack.append(([*counts, count], left - count, total_s))
+            if (total_s[inside] - own_s[inside] > high_s).any():
+                break  # nor can there be more of it
+            stack.append(([*counts, count], left - count, total_s))
     return np.array(found, dtype=np.int64).reshape(-1, classes)
 
 

@@ -19,6 +19,7 @@ from ray_train_geo.planning.bottleneck import (
     compute_s,
     unsynced_s,
 )
+from ray_train_geo.planning.budget import Budget
 from ray_train_geo.planning.codecs import wire_bytes
 from ray_train_geo.planning.levers import Gain, gains
 from ray_train_geo.planning.plan import Certificate, Objective, PipelinePlan, Plan
@@ -112,11 +113,18 @@ class Explanation:
         return dataclasses.asdict(self)
 
 
-def explain(plan: Plan, topology: Topology, job: JobSpec, vocab_size: int = 257) -> Explanation:
+def explain(
+    plan: Plan,
+    topology: Topology,
+    job: JobSpec,
+    vocab_size: int = 257,
+    budget: Budget | None = None,
+) -> Explanation:
     """Explain ``plan`` of ``job`` on ``topology``.
 
     Args:
         vocab_size: the tokenizer's, in tokens; for models that don't name their own.
+        budget: of time for trying what would help.
 
     Raises:
         KeyError: a device of the plan is not in the topology.
@@ -129,7 +137,13 @@ def explain(plan: Plan, topology: Topology, job: JobSpec, vocab_size: int = 257)
         breakdown=breakdown(problem, plan, prediction),
         bottleneck=bottleneck(problem, plan, prediction),
         bound=_bound(plan.certificate),
-        gains=gains(problem, plan, prediction.step_s, unsynced_s(problem, plan, prediction)),
+        gains=gains(
+            problem,
+            plan,
+            prediction.step_s,
+            unsynced_s(problem, plan, prediction),
+            budget=budget,
+        ),
         pipelines=_figures(problem, plan.pipelines, prediction),
     )
 

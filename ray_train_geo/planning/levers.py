@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 
 from ray_train_geo.cluster.topology import (
     DEFAULT_LINK,
@@ -25,6 +25,7 @@ from ray_train_geo.cluster.topology import (
     Topology,
     Uplink,
 )
+from ray_train_geo.planning.budget import Budget
 from ray_train_geo.planning.codecs import CODECS
 from ray_train_geo.planning.plan import PipelinePlan, Plan
 from ray_train_geo.planning.predict import Prediction, predict
@@ -78,7 +79,12 @@ class _Lever:
 
 
 def gains(
-    problem: Problem, plan: Plan, step_s: float, unsynced_s: float, most: int = 5
+    problem: Problem,
+    plan: Plan,
+    step_s: float,
+    unsynced_s: float,
+    most: int = 5,
+    budget: Budget | None = None,
 ) -> tuple[Gain, ...]:
     """The changes that would help ``plan`` most, best first.
 
@@ -89,12 +95,14 @@ def gains(
         step_s: of the plan as it is.
         unsynced_s: of the plan if gradient sync took no time.
         most: how many to return; fewer if fewer help.
+        budget: when it is spent, no further changes are tried.
     """
-    found = [
-        *_by_lever(problem, plan, step_s),
-        *_by_message(problem, plan, step_s),
-        _gain("gradient sync wholly hidden behind compute", unsynced_s, step_s),
-    ]
+    budget = budget or Budget()
+    found = [_gain("gradient sync wholly hidden behind compute", unsynced_s, step_s)]
+    for gain in chain(_by_lever(problem, plan, step_s, budget), _by_message(problem, plan, step_s)):
+        found.append(gain)
+        if budget.spent():
+            break
     helpful = [g for g in found if g.saved >= _NOTICEABLE]
     # Stable: equal gains stand in the order in which they were tried.
     return tuple(sorted(helpful, key=lambda g: -float(f"{g.saved:.6g}"))[:most])
@@ -104,9 +112,11 @@ def _gain(change: str, changed_s: float, step_s: float) -> Gain:
     return Gain(change, changed_s, 1 - changed_s / step_s)
 
 
-def _by_lever(problem: Problem, plan: Plan, step_s: float) -> Iterator[Gain]:
+def _by_lever(problem: Problem, plan: Plan, step_s: float, budget: Budget) -> Iterator[Gain]:
     few = max(_FEWEST_PARTS, min(_MOST_PARTS, _MANY_STAGES // plan.world_size))
     for group in _levers(problem, plan):
+        if budget.spent():
+            return
         whole = _gain(group.change, _stepped(problem, plan, group), step_s)
         if whole.saved < _NOTICEABLE:
             continue

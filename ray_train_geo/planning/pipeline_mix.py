@@ -79,7 +79,7 @@ def best_mix(problem: Problem) -> PipelineMix:
     shortest, longest = _periods(problem, classes)
     chains = _within_period(problem, classes, longest)
     limits = Limits(
-        job.fixed_pipelines() or job.training.total_microbatches,
+        (1, job.fixed_pipelines() or job.training.total_microbatches),
         job.scaling.max_devices,
         options.max_dollars_per_hour,
     )
@@ -156,7 +156,7 @@ def _whole(
         used = sum(x * len(k.classes) for x, k in zip(times, chains, strict=True))
         model.add(used <= min(total, limits.devices))
     if limits.pipelines is not None:
-        model.add(sum(times) <= limits.pipelines)
+        model.add(sum(times) <= limits.pipelines[1])
     if limits.dollars_per_hour is not None:
         cents = [round(float(classes.price_per_hour[list(k.classes)].sum()) * 1e4) for k in chains]
         spent = sum(x * c for x, c in zip(times, cents, strict=True))

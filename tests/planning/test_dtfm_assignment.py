@@ -94,7 +94,7 @@ def test_far_devices_are_left_out():
 
 def test_noisy_links_have_the_bound_of_a_relaxation_that_says_so():
     base, _ = CASES["universities"]
-    devices = base.devices[24:40]
+    devices = base.devices[6:58]  # more classes than the exact models take
     noise = {
         (a.node, b.node): Link(
             base.link(a, b).latency_s,
@@ -104,7 +104,7 @@ def test_noisy_links_have_the_bound_of_a_relaxation_that_says_so():
         for j, b in enumerate(devices)
         if i != j
     }
-    found = dtfm_assignment(Topology(devices, noise), 4, 4, moves=2000, proof_effort=0.2)
+    found = dtfm_assignment(Topology(devices, noise), 4, 13, moves=500, proof_effort=0.2)
     assert "relaxation" in found.argument
     assert 0.75 * found.cost.total_s < found.lower_bound < found.cost.total_s
 
