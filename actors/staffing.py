@@ -51,7 +51,7 @@ def staff(
     wanted = fixed or job.scaling.max_devices
     needed = max(fixed or 1, job.scaling.min_devices)
     devices = wait_for_devices(job.scaling, needed, wanted, after_loss, watch)
-    first = make_plan(_topology(devices, links), job, mission.vocab_size)
+    first = make_plan(_topology(devices, links), job, mission.vocab_size, prove=False)
     # After the plan: a model that fits no memory should not be called too large for the disk.
     check_space(mission.dims, job.checkpoint.keep, store)
     used = {stage.device for pipeline in first.pipelines for stage in pipeline.stages}

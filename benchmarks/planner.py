@@ -33,7 +33,7 @@ from ray_train_geo.planning.dtfm_assignment import dtfm_assignment
 from ray_train_geo.planning.plan import Plan
 from ray_train_geo.planning.planner import plan
 from ray_train_geo.planning.problem import PlanOptions, Problem
-from ray_train_geo.planning.replan import replan
+from ray_train_geo.planning.replan import ReplanResult, replan
 from ray_train_geo.spec import JobSpec, parse_job
 
 DTFM = ("datacenter", "datacenter-spot", "universities", "regional", "worldwide")
@@ -182,25 +182,26 @@ def scale() -> Iterator[dict[str, Any]]:
 
 
 def replanning(every: int = 4) -> Iterator[dict[str, Any]]:
+    def next_plan(before: Plan, topology: Topology) -> tuple[ReplanResult, float]:
+        return timed(lambda: replan(before, topology, job(), VOCAB, PlanOptions(moves=0)))
+
     for name in ("worldwide", "datacenter"):
         topology = scenario(name)
-        old: Plan = plan(topology, job(), VOCAB)
-        seconds, slower = [], []
+        old = plan(topology, job(), VOCAB)
+        seconds, slower, moved = [], [], []
         for left in old.devices[::every]:
             rest = topology.with_devices(d for d in topology.devices if d.id != left.id)
-            found, took = timed(lambda r=rest: replan(old, r, job(), VOCAB, PlanOptions(moves=0)))
-            seconds.append(took)
+            found, leave_s = next_plan(old, rest)
+            again, join_s = next_plan(found.plan, topology)
+            seconds += [leave_s, join_s]
             slower.append(found.plan.predicted_step_s / old.predicted_step_s)
-            back, took = timed(
-                lambda f=found: replan(f.plan, topology, job(), VOCAB, PlanOptions(moves=0))
-            )
-            seconds.append(took)
-            del back
+            moved += [found.transition.layers_moved, again.transition.layers_moved]
         yield {
             "case": name,
             "changes": len(seconds),
             "median_s": statistics.median(seconds),
             "slowest_s": max(seconds),
+            "most layers moved": max(moved),
             "step after a leave / before (median)": statistics.median(slower),
         }
 

@@ -14,14 +14,15 @@ their hops: `certify_sync` lists the cases, and the bound is the least of all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ray_train_geo.errors import PlanError
 from ray_train_geo.model.catalog import layer_parameters
-from ray_train_geo.planning.certify_classes import DeviceClasses
+from ray_train_geo.planning.certify_chains import DeviceClasses
+from ray_train_geo.planning.certify_nics import nic_bound_s
 from ray_train_geo.planning.certify_packing import Limits, can_reach
 from ray_train_geo.planning.certify_sync import (
     GroupFloor,
@@ -32,8 +33,7 @@ from ray_train_geo.planning.certify_sync import (
     sync_cases,
     within_nodes,
 )
-from ray_train_geo.planning.certify_time import Tail, chains_in_time
-from ray_train_geo.planning.certify_ways import Bools, Ways
+from ray_train_geo.planning.certify_time import Bools, Tail, chains_in_time
 from ray_train_geo.planning.codecs import wire_bytes
 from ray_train_geo.planning.cost import lower_bound_s
 from ray_train_geo.planning.link_table import Floats, Ints, LinkTable
@@ -51,8 +51,6 @@ _COUNT_RATIO = 1.01
 _EXACT_PIPELINES = 12
 _PIPELINES_RATIO = 1.3
 _TIMES = 1500
-_MOST_PLACES = 0
-"""With more sites, a pipeline may go from each to each that some chain of hops joins."""
 _FOR_EVER_S = 1e30
 """Step times that the bound on dollars looks at."""
 
@@ -72,11 +70,16 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """Plans of so many pipelines (fewest, most), whose gradients are summed as ``sync`` says."""
+    """Plans of so many pipelines (fewest, most), whose gradients are summed as ``sync`` says.
+
+    Args:
+        at_least_s: none of them steps in less.
+    """
 
     pipelines: tuple[int, int]
     sync: SyncCase
     tail: Tail
+    at_least_s: float
 
     def anywhere(self) -> _Case:
         """Wherever the pipelines are."""
@@ -84,19 +87,39 @@ class _Case:
         return replace(self, sync=replace(self.sync, sites=sites))
 
 
+class _OutOfTimeError(Exception):
+    """Not all cases could be looked at."""
+
+
 def step_time_bound(
-    problem: Problem, modes: Sequence[GradientSyncName], codecs: Sequence[str]
+    problem: Problem,
+    modes: Sequence[GradientSyncName],
+    codecs: Sequence[str],
+    expired: Callable[[], bool] = lambda: False,
 ) -> Bound:
     """The shortest step that any plan could have.
 
     Args:
         modes: of gradient sync, that a plan may use.
         codecs: that a hop may use.
+        expired: whether time is up; then the bound is that of compute alone.
 
     Raises:
         PlanError: no chain of devices has memory for the model.
     """
-    search = _Search(problem, codecs)
+    search = _Search(problem, codecs, expired)
+    try:
+        best = _least_of_all(search, modes)
+    except _OutOfTimeError:
+        return Bound(
+            search.compute_s,
+            "all devices compute all the time; weak: there was no time to look at communication",
+        )
+    return Bound(best * (1 - _TOLERANCE), search.argument(modes))
+
+
+def _least_of_all(search: _Search, modes: Sequence[GradientSyncName]) -> float:
+    """The least bound of all cases.  Raises _OutOfTimeError."""
     best = np.inf
     for cases in search.cases(modes):
         floor: GroupFloor | None = None
@@ -109,7 +132,7 @@ def step_time_bound(
                     break
             if not np.isfinite(best) or search.may_step_in(aim, case):
                 best = min(best, search.least_s(case, best))
-    return Bound(float(best * (1 - _TOLERANCE)), search.argument(modes))
+    return float(best)
 
 
 def dollars_bound(
@@ -125,8 +148,7 @@ def dollars_bound(
         PlanError: no chain of devices has memory for the model.
     """
     search = _Search(problem, codecs)
-    training, classes = problem.job.training, DeviceClasses.of(problem, nodes=False)
-    classes = classes.merged([0] * len(classes.count))
+    training, classes = problem.job.training, search.classes.merged([0] * len(search.classes.count))
     price = classes.price_per_hour
     most = search.most_microbatches()
     cheapest = np.inf
@@ -153,8 +175,14 @@ def dollars_bound(
 class _Search:
     """One problem's constants, and the answers to "may a plan step in T?"."""
 
-    def __init__(self, problem: Problem, codecs: Sequence[str]) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        codecs: Sequence[str],
+        expired: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.problem = problem
+        self.expired = expired
         self.table: LinkTable = problem.table
         self.classes = DeviceClasses.of(problem)
         training = problem.job.training
@@ -165,8 +193,7 @@ class _Search:
         self.message_bytes = min(wire_bytes(c, elements, precision) for c in codecs)
         latency, per_byte = between_nodes(self.table)
         transfer = self.message_bytes * per_byte
-        self.across_s: Floats = np.maximum(transfer, transfer.T)
-        self.hop_merges = components(self.across_s)
+        self.hop_merges = components(np.maximum(transfer, transfer.T))
         self.hop_s = self._cheapest_hop_s(latency + transfer)
         self.fewest, self.most = _counts(self.total, problem.job.parallelism.microbatches)
         self.shallowest = self._shallowest()
@@ -210,110 +237,67 @@ class _Search:
         """What follows the backwards of plans of so many pipelines, layers' groups aside."""
         dims, fewest, most = self.problem.dims, *pipelines
         deep = mode is not None and self.shallowest > 1
-        tied_s, commit_s = 0.0, 0.0
-        # Of the tied matrix: first and last stages; a pipeline of one stage counts once.
-        members = 2 * fewest if deep else fewest + 1, 2 * most
+        tied_s, tied_share, commit_s = 0.0, 0.0, 0.0
         if dims.tied_embeddings and mode is not None and len(self.table.devices) > 1:
+            # First and last stages; a pipeline of one stage counts once.
+            members = 2 * fewest if deep else fewest + 1, 2 * most
             size = _GRADIENT_BYTES * float(dims.vocab_size * dims.dim)
-            tied_s = group_floor(self.table, mode, members, size)
+            tied_s, tied_share = group_floor(self.table, mode, members, size)
         if deep or fewest > 1:
             local, across = within_nodes(self.table)[0], between_nodes(self.table)[0]
             commit_s = float(min(2 * local.min(initial=np.inf), (across + across.T).min()))
-        return Tail(
-            groups=GroupFloor(),
-            tied_s=tied_s,
-            commit_s=commit_s,
-            hop_s=self.hop_s,
-            mode=mode,
-            members=fewest,
-            tied_members=members[0],
-            message_bytes=self.message_bytes,
-        )
+        return Tail(GroupFloor(), tied_s, tied_share, commit_s, self.hop_s)
 
     def cases(self, modes: Sequence[GradientSyncName]) -> Iterator[list[_Case]]:
         """All cases of a plan; those of one mode and number of pipelines together."""
         size = _GRADIENT_BYTES * float(layer_parameters(self.problem.dims))
         for pipelines in reversed(_ranges(*self.pipelines())):
             for mode in modes:
+                nics_s = nic_bound_s(self.problem, self.classes, mode, pipelines)
                 tail = self.tail(mode, pipelines)
                 yield [
-                    _Case(pipelines, sync, replace(tail, groups=sync.floor))
+                    _Case(pipelines, sync, replace(tail, groups=sync.floor), nics_s)
                     for sync in sync_cases(self.table, mode, pipelines, size)
                 ]
 
     def may_step_in(self, time_s: float, case: _Case) -> bool:
         """False is a proof that no plan of this case steps in ``time_s``."""
-        left_s = time_s - case.tail.commit_s
-        if left_s <= 0:
+        if self.expired():
+            raise _OutOfTimeError
+        if time_s < case.at_least_s:
             return False
-        longest = left_s / self.fewest * (1 + 1e-9)  # of a hop: it carries every microbatch
-        must = np.array(case.sync.sites)
-        if len(must) <= _MOST_PLACES:
-            classes = self.classes.by_use(case.pipelines[1])
-            ways = self._ways(left_s, longest, classes.site, must)
-            allowed, one_node = None, self._on_one_node(longest, ways)
-        else:
-            within = self._within_reach(longest, must)
-            marks = [column.tobytes() for column in within[:, self.classes.site].T]
-            classes = self.classes.merged(marks).by_use(case.pipelines[1])
-            ways, one_node = None, None
-            allowed = within[:, classes.site]
+        within = self._within_reach(time_s, case.sync.sites)
+        allowed = within[:, self.classes.site]
+        classes = self.classes.merged([column.tobytes() for column in allowed.T])
+        index = self.table.site[[group[0] for group in classes.devices]]
         chains = chains_in_time(
             self.problem,
             classes,
             np.full(len(self.fewest), time_s),
             self.fewest,
             case.tail,
-            allowed=allowed,
-            one_node=one_node,
+            allowed=within[:, index],
         )
-        chains = replace(chains, ways=ways)
         job, options = self.problem.job, self.problem.options
-        limits = Limits(case.pipelines, job.scaling.max_devices, options.max_dollars_per_hour)
+        limits = Limits(case.pipelines[1], job.scaling.max_devices, options.max_dollars_per_hour)
         return can_reach(self.total, self.most.astype(float), chains, classes, limits)
 
-    def _ways(self, left_s: float, longest: Floats, place: Ints, meet: Bools) -> Ways:
-        """Hops between sites that pipelines of each count of microbatches may take."""
-        table, sites = self.table, len(meet)
-        crowded = np.zeros(sites, dtype=bool)
-        crowded[table.site[(np.bincount(table.node) > 1)[table.node]]] = True
-        ways = self.across_s <= longest[:, None, None]
-        ways[:, np.arange(sites), np.arange(sites)] |= crowded
-        region = np.zeros(sites, dtype=np.int64)
-        region[table.site] = table.region
-        shared = np.maximum(table.uplink_seconds_per_byte, table.uplink_seconds_per_byte.T)
-        pairs = np.argwhere(np.triu(shared, 1) > 0)
-        number = np.full(shared.shape, -1)
-        number[pairs[:, 0], pairs[:, 1]] = number[pairs[:, 1], pairs[:, 0]] = np.arange(len(pairs))
-        per_byte = shared[pairs[:, 0], pairs[:, 1]]
-        return Ways(
-            place=place,
-            meet=meet,
-            open=ways,
-            uplink=number[region[:, None], region],
-            uplink_s=self.fewest[:, None] * self.message_bytes * per_byte,
-            left_s=left_s,
-        )
+    def _within_reach(self, time_s: float, meet: tuple[bool, ...]) -> Bools:
+        """``[counts, sites]``; sites of pipelines that pass one of the sites ``meet``.
 
-    def _on_one_node(self, longest: Floats, ways: Ways) -> Bools:
-        """``[n, classes]``; where a stage can be followed on its own node only."""
-        sites = np.arange(len(ways.meet))
-        alone = np.diag(self.across_s) > longest[:, None]
-        found: Bools = alone & (ways.open.sum(axis=2) - ways.open[:, sites, sites] == 0)
-        return found[:, ways.place]
-
-    def _within_reach(self, longest: Floats, must: Bools) -> Bools:
-        """``[counts, sites]``; sites of pipelines that pass one of the sites ``must``."""
+        A hop carries every microbatch, so it takes at most ``time / microbatches`` for each.
+        """
+        must = np.array(meet)
         costs = np.array([cost for cost, _ in self.hop_merges])
         reach = [must]
         for _, labels in self.hop_merges:
             reach.append(np.isin(labels, labels[must]))
-        level: Ints = np.searchsorted(costs, longest, side="right")
+        level: Ints = np.searchsorted(costs, time_s / self.fewest * (1 + 1e-9), side="right")
         return np.array(reach)[level]
 
     def least_s(self, case: _Case, below_s: float) -> float:
         """A time, close to the largest, in which no plan of this case steps."""
-        low, high = self.compute_s * (1 - _TOLERANCE), below_s
+        low, high = max(self.compute_s, case.at_least_s) * (1 - _TOLERANCE), below_s
         if not np.isfinite(high):
             high = 2 * low
             while not self.may_step_in(high, case):

@@ -4,24 +4,110 @@ A chain is a pipeline whose devices are known by class only.  How many layers a 
 depends on where in the chain it stands: behind ``l`` layers a microbatch arrives later, so less
 time is left.  Dynamic programming from the last layer to the first, over the layers above::
 
-    cost[l] = min over classes c, k <= most[l, c] of  price[c] + nic[l, k, c] + hop + cost[l + k]
-
-where ``nic`` is the price of what the stage asks of its node's NIC (`certify_nics`), and ``hop``
-of the way to the next stage's place (`certify_ways`).
+    cost[l] = min over classes c, k <= most[l, c] of  price[c] + cost[l + k]
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ray_train_geo.planning.certify_nics import NicPrices, NicUse, StageKind
-from ray_train_geo.planning.certify_ways import Ways
+from ray_train_geo.planning.cost import embedding_s, head_s, layer_s, optimizer_s
 from ray_train_geo.planning.link_table import Floats, Ints
+from ray_train_geo.planning.memory import is_cpu
+from ray_train_geo.planning.problem import Problem
 
-__all__ = ["Chain", "Chains", "Cheapest"]
+__all__ = ["Chain", "Chains", "Cheapest", "DeviceClasses"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceClasses:
+    """Devices that are equal in all that a bound looks at.  All arrays are ``[classes, ...]``.
+
+    Args:
+        devices: numbers of each class's devices in the problem's link table.
+        kind: equal for classes that differ in ``site`` only.
+        layer_s, embedding_s, head_s: ``[classes, 2]``; forward and backward of one microbatch.
+        optimizer_s: per parameter.
+        nic_seconds_per_byte: of the NIC that a device has to itself; 0 where others share it.
+    """
+
+    devices: tuple[tuple[int, ...], ...]
+    kind: Ints
+    site: Ints
+    count: Ints
+    layer_s: Floats
+    embedding_s: Floats
+    head_s: Floats
+    optimizer_s: Floats
+    nic_seconds_per_byte: Floats
+    price_per_hour: Floats
+
+    @classmethod
+    def of(cls, problem: Problem) -> DeviceClasses:
+        table = problem.table
+        alone = np.bincount(table.node)[table.node] == 1
+        nic = np.maximum(table.out_seconds_per_byte, table.in_seconds_per_byte)[table.node]
+        nic = np.where(alone, nic, 0.0)
+        kinds: dict[tuple[float | str, ...], int] = {}
+        members: dict[tuple[int, int], list[int]] = {}
+        for i, d in enumerate(table.devices):
+            key = d.flops_per_s, d.memory_bytes, is_cpu(d), d.price_per_hour, float(nic[i])
+            kind = kinds.setdefault(key, len(kinds))
+            members.setdefault((kind, int(table.site[i])), []).append(i)
+        first = [group[0] for group in members.values()]
+        examples = [table.devices[i] for i in first]
+        dims, training = problem.dims, problem.job.training
+        return cls(
+            devices=tuple(tuple(group) for group in members.values()),
+            kind=np.array([kind for kind, _ in members]),
+            site=np.array([site for _, site in members]),
+            count=np.array([len(group) for group in members.values()]),
+            layer_s=np.array([layer_s(dims, training, d) for d in examples]),
+            embedding_s=np.array([embedding_s(dims, training, d) for d in examples]),
+            head_s=np.array([head_s(dims, training, d) for d in examples]),
+            optimizer_s=np.array([optimizer_s(1, d) for d in examples]),
+            nic_seconds_per_byte=nic[first],
+            price_per_hour=np.array([d.price_per_hour for d in examples]),
+        )
+
+    def merged(self, marks: Sequence[object]) -> DeviceClasses:
+        """With classes of the same kind and the same mark (``[classes]``) made one."""
+        groups: dict[tuple[int, object], list[int]] = {}
+        for c, mark in enumerate(marks):
+            groups.setdefault((int(self.kind[c]), mark), []).append(c)
+        first = [group[0] for group in groups.values()]
+        return DeviceClasses(
+            devices=tuple(
+                tuple(d for c in group for d in self.devices[c]) for group in groups.values()
+            ),
+            kind=self.kind[first],
+            site=self.site[first],
+            count=np.array([int(self.count[group].sum()) for group in groups.values()]),
+            layer_s=self.layer_s[first],
+            embedding_s=self.embedding_s[first],
+            head_s=self.head_s[first],
+            optimizer_s=self.optimizer_s[first],
+            nic_seconds_per_byte=self.nic_seconds_per_byte[first],
+            price_per_hour=self.price_per_hour[first],
+        )
+
+    def most_layers(self, problem: Problem, in_flight: int) -> tuple[Ints, Ints, Ints, Ints]:
+        """``[classes]`` each: layers that memory holds of a first, inner, last, and only stage.
+
+        The only stage holds all layers or, here 0, does not fit.
+        """
+        examples = [problem.topology.devices[group[0]] for group in self.devices]
+        layers = problem.dims.layers
+        first, inner, last = (
+            np.array([problem.most_layers(s, n, in_flight, d, 1) for d in examples])
+            for s, n in ((0, 2), (1, 3), (1, 2))
+        )
+        whole = [problem.memory((0, layers), in_flight, d, 1).total for d in examples]
+        fits = [w <= d.memory_bytes for w, d in zip(whole, examples, strict=True)]
+        return first, inner, last, np.where(fits, layers, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +120,7 @@ class Chain:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chains:
-    """How many layers a device can take, in each of ``n`` questions, and how stages may follow.
+    """How many layers a device can take, in each of ``n`` questions.
 
     Args:
         first: ``[n, classes]``; on a first stage that is not the last.
@@ -42,8 +128,6 @@ class Chains:
             behind that many layers.
         only: ``[n, classes]``; on a pipeline's only stage.
         depth: that many stages; None: any number.
-        nics: what stages ask of their nodes' NICs; None: nothing.
-        ways: where stages may follow each other; None: everywhere.
     """
 
     layers: int
@@ -52,29 +136,14 @@ class Chains:
     last: Ints
     only: Ints
     depth: int | None = None
-    nics: NicUse | None = None
-    ways: Ways | None = None
 
-    def cheapest(
-        self, price: Floats, nic_prices: NicPrices | None = None, uplink_price: Floats | None = None
-    ) -> Cheapest:
+    def cheapest(self, price: Floats) -> Cheapest:
         """The cheapest chain for every question.
 
         Args:
             price: ``[classes]``; of one device.
-            nic_prices, uplink_price: None: NICs, or uplinks, are free.
         """
-        return Cheapest(self, price, nic_prices, uplink_price)
-
-    def most(self, kind: StageKind, above: int) -> Ints:
-        """``[n, classes]``; most layers on a stage of that kind behind so many layers."""
-        if kind == "first":
-            return self.first
-        if kind == "only":
-            return self.only
-        table = self.inner if kind == "inner" else self.last
-        found: Ints = table[:, min(above, table.shape[1] - 1)]
-        return found
+        return Cheapest(self, price)
 
 
 class Cheapest:
@@ -82,130 +151,65 @@ class Cheapest:
 
     Attributes:
         cost: ``[n]``; the lowest price of a chain, infinite where there is none.
-        starts: ``[levels][n, layers + 1, places, states]``; cost of the stages behind so many
-            layers, the first of them at a place.  The first state is that one of ``ways.meet``
-            is still to be passed, the last that none need be.  Where the depth is open there is
-            one level, else one for each stage.
-        behind: likewise, the stage above them being at a place.
+        behind: ``[levels][n, layers + 1]``; cost of the stages behind so many layers.  Where the
+            depth is open there is one level, else one for each stage.
+        options: ``[levels][n, layers, classes]``; what ``behind`` is the smallest of.
+        whole: ``[n, classes]``; cost of the chain, by class of the first stage.
     """
 
-    def __init__(
-        self,
-        chains: Chains,
-        price: Floats,
-        nic_prices: NicPrices | None,
-        uplink_price: Floats | None,
-    ) -> None:
+    def __init__(self, chains: Chains, price: Floats) -> None:
         self.chains, self.price = chains, price
-        self.ways = chains.ways or Ways.anywhere(len(price))
-        self.hop = self.ways.hop(uplink_price)
-        layers, depth, n = chains.layers, chains.depth, len(chains.first)
+        layers, depth = chains.layers, chains.depth
+        n, classes = chains.first.shape
         self.rows = np.arange(n)[:, None]
-        self.asks = None
-        shared = np.zeros(len(price), dtype=bool)
-        if chains.nics is not None and nic_prices is not None:
-            shared[chains.nics.classes] = True
-            self.asks = chains.nics.at(nic_prices)
-        self.shared, self.private = np.flatnonzero(shared), np.flatnonzero(~shared)
-        meet = self.ways.meet
-        shape = n, layers + 1, len(meet), 1 if meet.all() else 2
-        self.starts = [np.full(shape, np.inf) for _ in range(depth or 1)]
-        self.behind = [np.full(shape, np.inf) for _ in range(depth or 1)]
-        self.ended = np.full(shape, np.inf)
-        self.ended[:, layers, :, -1] = 0.0
-        for level in reversed(range(len(self.behind))):
-            stage = level if depth else 1
+        levels = 1 if depth is None else depth
+        self.behind = [np.full((n, layers + 1), np.inf) for _ in range(levels)]
+        self.options = [np.full((n, layers, classes), np.inf) for _ in range(levels)]
+        for level in reversed(range(levels)):
             for above in range(layers - 1, 0, -1):
-                if stage:
-                    starts = self._least(stage, above)
-                    self.starts[level][:, above] = starts
-                    self.behind[level][:, above] = self._entered(starts)
-        self.whole = self._least(0, 0)[:, :, 0]
+                best = self.options[level][:, above]
+                if depth is None or level < depth - 1:
+                    best[:] = price + self._rest(level + 1, above, _row(chains.inner, above))
+                if depth is None or level == depth - 1:
+                    fits = _row(chains.last, above) >= layers - above
+                    best[:] = np.where(fits, price, best)
+                self.behind[level][:, above] = best.min(axis=1)
+        self.whole: Floats = np.full((n, classes), np.inf)
+        if depth != 1:
+            self.whole = price + self._rest(1, 0, chains.first)
+        if depth in (None, 1):
+            self.whole = np.where(chains.only >= layers, price, self.whole)
         self.cost: Floats = self.whole.min(axis=1)
 
-    def _entered(self, starts: Floats) -> Floats:
-        """``[n, places, states]``; from the stage above, over the cheapest hop."""
-        if self.hop is None:
-            return starts
-        found: Floats = (self.hop[..., None] + starts[:, None]).min(axis=2)
-        return found
-
-    def _options(self, stage: int) -> Iterator[tuple[StageKind, Floats]]:
-        """Kinds that a stage may be of, and the costs behind it."""
-        depth = self.chains.depth
-        if depth is None or stage < depth - 1:
-            yield "inner" if stage else "first", self.behind[stage + 1 if depth else 0]
-        if depth is None or stage == depth - 1:
-            yield "last" if stage else "only", self.ended
-
-    def _least(self, stage: int, above: int) -> Floats:
-        """``[n, places, states]``; lowest cost of a stage at a place and all behind it."""
-        ways = self.ways
-        least = np.full((len(self.rows), *self.ended.shape[2:]), np.inf)
-        for kind, behind in self._options(stage):
-            after = behind[:, above + 1 :]
-            if len(self.private):
-                place = ways.place[self.private]
-                most = self.chains.most(kind, above)[:, self.private]
-                best = np.minimum.accumulate(after, axis=1)
-                taken = np.minimum(most, best.shape[1]) - 1  # -1 where it can take none
-                cost = best[self.rows, taken, place]
-                cost = np.where((most > 0)[:, :, None], cost, np.inf)
-                _to_places(least, cost + self.price[self.private, None], place)
-            if len(self.shared):
-                cost = self._shared(kind, above, after).min(axis=1)
-                _to_places(least, cost, ways.place[self.shared])
-        least[:, ways.meet, 0] = least[:, ways.meet, -1]
-        return least
-
-    def _shared(self, kind: StageKind, above: int, after: Floats) -> Floats:
-        """``[n, layers, shared classes, states]``; cost of a stage of so many layers, and on."""
-        assert self.asks is not None  # there are shared classes
-        here = self.asks.cost(kind, above, after.shape[1]) + self.price[self.shared]
-        most = self.chains.most(kind, above)[:, None, self.shared]
-        here[np.arange(1, after.shape[1] + 1)[:, None] > most] = np.inf
-        found: Floats = here[..., None] + after[:, :, self.ways.place[self.shared]]
+    def _rest(self, stage: int, above: int, most: Ints) -> Floats:
+        """``[n, classes]``; best cost behind a stage of up to ``most`` layers, and at least one."""
+        behind = self.behind[min(stage, len(self.behind) - 1)]
+        best = np.minimum.accumulate(behind[:, above + 1 :], axis=1)
+        taken = np.minimum(most, best.shape[1]) - 1  # -1 where it can take none
+        found: Floats = np.where(most > 0, best[self.rows, taken], np.inf)
         return found
 
     def chain(self, question: int) -> Chain:
         """A chain of that cost; there must be one."""
-        ways, q = self.ways, question
-        classes: list[int] = []
-        layers: list[int] = []
-        above, state = 0, 0
-        place = int(self.whole[q].argmin())
+        chains, layers, q = self.chains, self.chains.layers, question
+        c = int(self.whole[q].argmin())
+        if chains.depth in (None, 1) and chains.only[q, c] >= layers:
+            return Chain((c,), (layers,))
+        classes, taken, above, most = [c], [], 0, int(chains.first[q, c])
         while True:
-            if ways.meet[place]:
-                state = -1
-            best: tuple[float, int, int, StageKind] = np.inf, 0, 0, "only"
-            for kind, behind in self._options(len(classes)):
-                after = behind[q, above + 1 :, place, state]
-                count = np.arange(1, len(after) + 1)[:, None]
-                here = np.flatnonzero(ways.place == place)
-                cost = after[:, None] + self.price[here]
-                if self.asks is not None:
-                    asked = np.zeros((len(after), len(self.price)))
-                    asked[:, self.shared] = self.asks.cost(kind, above, len(after), q)
-                    cost = cost + asked[:, here]
-                cost = np.where(count <= self.chains.most(kind, above)[q, here], cost, np.inf)
-                k, c = np.unravel_index(cost.argmin(), cost.shape)
-                if cost[k, c] < best[0]:
-                    best = float(cost[k, c]), int(k) + 1, int(here[c]), kind
-            classes.append(best[2])
-            layers.append(best[1])
-            above += best[1]
-            if best[3] in ("last", "only"):
-                return Chain(tuple(classes), tuple(layers))
-            level = len(classes) if self.chains.depth else 0
-            following = self.starts[level][q, above, :, state]
-            if self.hop is not None:
-                following = following + self.hop[q, place]
-                place = int(following.argmin())
+            stage = len(classes)
+            level = min(stage, len(self.behind) - 1)
+            behind = self.behind[level][q, above + 1 : above + most + 1]
+            taken.append(1 + int(behind.argmin()))
+            above += taken[-1]
+            c = int(self.options[level][q, above].argmin())
+            classes.append(c)
+            ends = chains.depth in (None, stage + 1)
+            if ends and _row(chains.last, above)[q, c] >= layers - above:
+                return Chain(tuple(classes), (*taken, layers - above))
+            most = int(_row(chains.inner, above)[q, c])
 
 
-def _to_places(least: Floats, cost: Floats, place: Ints) -> None:
-    """Lower ``least`` (``[n, places, states]``) to ``cost`` (``[n, classes, states]``)."""
-    order = np.argsort(place, kind="stable")
-    there, starts = np.unique(place[order], return_index=True)
-    found = np.minimum.reduceat(cost[:, order], starts, axis=1)
-    least[:, there] = np.minimum(least[:, there], found)
+def _row(table: Ints, above: int) -> Ints:
+    found: Ints = table[:, min(above, table.shape[1] - 1)]
+    return found

@@ -2,12 +2,8 @@
 
 A linear program over all possible pipelines, solved by column generation (Gilmore and Gomory,
 1961): a chain that is worth more microbatches than its devices cost at the dual prices is added,
-until there is none.  At any prices, what they make of the limits plus what the best chain gains
-for each pipeline bounds the optimum (Farley, 1990, where the number of pipelines is open), so that
-most questions are answered before the program is solved.
-
-Nodes of several devices are bought as a whole, for one of the uses that they may be put to; a use
-has its devices, and limits of its own on what their stages ask of the NIC (`certify_nics`).
+until there is none.  At any prices, the most that a chain is worth per unit of price bounds the
+optimum (Farley, 1990), so that most questions are answered before the program is solved.
 """
 
 from __future__ import annotations
@@ -17,33 +13,26 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linprog
 
-from ray_train_geo.planning.certify_chains import Chain, Chains
-from ray_train_geo.planning.certify_classes import DeviceClasses
-from ray_train_geo.planning.certify_nics import NicPrices
-from ray_train_geo.planning.link_table import Floats, Ints
+from ray_train_geo.planning.certify_chains import Chain, Chains, DeviceClasses
+from ray_train_geo.planning.link_table import Floats
 
 __all__ = ["Limits", "Packing", "can_reach", "pack"]
 
+_FREE = 1e-150
+"""The price of what costs nothing, so that a ratio to it is large and still a number."""
 _ROUNDS = 60
 _NEW_CHAINS = 6
 _SLACK = 1e-7
 """Relative; sums and the program's tolerances round."""
-_MANY = 1_000_000
-_PENALTY = 2.0
-"""In parts of the best pipeline, for each that is missing."""
 _SMALL_POOL = 256
 """Up to so many devices, whole pipelines are packed exactly by depth."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a plan may use in all; None is open.
+    """What a plan may use in all; None is open."""
 
-    Args:
-        pipelines: fewest and most.
-    """
-
-    pipelines: tuple[int, int] | None = None
+    pipelines: int | None = None
     devices: int | None = None
     dollars_per_hour: float | None = None
 
@@ -71,7 +60,7 @@ def can_reach(
         worth: ``[n]``; of a chain that answers question ``i`` of ``chains``.
     """
     target *= 1 - _SLACK
-    total = int(classes.count[classes.serves[:, 0] == 1].sum())
+    total = int(classes.count.sum())
     if limits.devices is not None:
         total = min(total, limits.devices)
     if total <= _SMALL_POOL and _whole_pipelines(worth, chains, total, limits) < target:
@@ -87,180 +76,56 @@ def pack(
     target: float | None = None,
 ) -> Packing:
     """Solve the linear program; with a ``target``, only until it is reached or out of reach."""
-    program = _Program(chains, classes, limits)
-    duals = program.first_prices()
+    count = len(classes.count)
+    named = [
+        (np.ones(count), limits.devices),
+        (classes.price_per_hour, limits.dollars_per_hour),
+    ]
+    rows = np.array([row for row, limit in named if limit is not None]).reshape(-1, count)
+    most = np.array([*classes.count, *(x for _, x in named if x is not None)], dtype=float)
+    if limits.pipelines is not None:
+        most = np.append(most, limits.pipelines)
+    prices = np.zeros(len(most))
+    prices[:count] = 1 / classes.layer_s.sum(axis=1)
     found: list[Chain] = []
     values: list[float] = []
     columns: list[Floats] = []
     bound = np.inf
     for _ in range(_ROUNDS):
-        prices = program.prices(duals)
-        cheapest = chains.cheapest(*prices)
+        per_class = prices[:count] + prices[count : count + len(rows)] @ rows
+        cheapest = chains.cheapest(per_class)
         cost = cheapest.cost
-        cost = cost + duals[program.pipelines] - duals[program.pipelines + 1]
+        if limits.pipelines is not None:
+            cost = cost + prices[-1]
         reachable = np.isfinite(cost) & (worth > 0)
         if not reachable.any():
             return Packing(0.0, (), ())
-        gain = np.where(reachable, worth - cost, -np.inf)
-        bound = min(
-            bound, _bound(worth[reachable], cost[reachable], float(program.most @ duals), limits)
-        )
+        ratio = np.where(reachable, worth, 0.0) / np.where(cost > 0, cost, _FREE)
+        bound = min(bound, float(ratio.max() * (prices @ most)))
+        if limits.pipelines is not None:
+            bound = min(bound, float(worth[reachable].max()) * limits.pipelines)
+        gain = np.where(reachable, worth - cost if columns else ratio, -np.inf)
         if target is not None and bound < target:
             break
         if columns and gain.max() <= _SLACK * worth.max():
             break
-        if not columns:  # the first prices have no scale
-            gain = np.where(reachable, worth / np.where(cost > 0, cost, 1e-300), -np.inf)
         for question in _best_of_each_cost(gain, cost):
             chain = cheapest.chain(question)
+            used = np.bincount(chain.classes, minlength=count).astype(float)
+            column = np.concatenate([used, rows @ used])
+            if limits.pipelines is not None:
+                column = np.append(column, 1.0)
             found.append(chain)
             values.append(float(worth[question]))
-            columns.append(program.column(chain, question, prices[1]))
-        reached, duals = program.solve(np.array(values), np.array(columns).T)
+            columns.append(column)
+        solution = linprog(
+            -np.array(values), A_ub=np.array(columns).T, b_ub=most, bounds=(0, None), method="highs"
+        )
+        reached = -float(solution.fun or 0.0)
         if target is not None and reached >= target:
             break
+        prices = np.maximum(-solution.ineqlin.marginals, 0.0)
     return Packing(bound, tuple(found), tuple(values))
-
-
-def _bound(worth: Floats, cost: Floats, limits_worth: float, limits: Limits) -> float:
-    """No packing is worth more, at these prices."""
-    found = np.inf
-    if (cost > 0).all():
-        found = float((worth / cost).max()) * limits_worth
-    if limits.pipelines is not None:
-        most = limits.pipelines[1]
-        gain = most * max(0.0, float((worth - cost).max()))
-        found = min(found, limits_worth + gain, float(worth.max()) * most)
-    return found
-
-
-class _Program:
-    """The rows of the linear program, and the columns of nodes.
-
-    Rows: devices of each class, limits on the plan, most and fewest pipelines, then for each use of nodes with
-    several devices its tangents, messages, and pipelines served, uplinks, and nodes of each pool.
-
-    Attributes:
-        most: ``[rows]``; right-hand sides.
-        pipelines: row of the most pipelines; that of the fewest is the next.
-    """
-
-    def __init__(self, chains: Chains, classes: DeviceClasses, limits: Limits) -> None:
-        self.chains, self.classes, self.limits = chains, classes, limits
-        count = len(classes.count)
-        self.count = count
-        named = [
-            (np.ones(count), limits.devices),
-            (classes.price_per_hour, limits.dollars_per_hour),
-        ]
-        self.limited = np.array([row for row, limit in named if limit is not None])
-        self.limited = self.limited.reshape(-1, count)
-        self.pipelines = count + len(self.limited)
-        uses = np.stack([classes.pool, classes.serves[:, 0]], axis=1)
-        _, self.use = np.unique(uses, axis=0, return_inverse=True)
-        self.use = self.use.reshape(-1)
-        self.shared: list[int] = []
-        if chains.nics is not None:
-            self.shared = sorted(set(self.use[chains.nics.classes].tolist()))
-        self.tangents = 0 if chains.nics is None else len(chains.nics.tangents)
-        self.nic_rows = self.pipelines + 2
-        self.per_use = self.tangents + 2
-        pools = np.unique(classes.pool)
-        self.uplink_rows = self.nic_rows + self.per_use * len(self.shared)
-        uplinks = 0 if chains.ways is None else chains.ways.uplink_s.shape[1]
-        self.pool_rows = self.uplink_rows + uplinks
-        self.most = np.zeros(self.pool_rows + len(pools))
-        self.most[count : self.pipelines] = [x for _, x in named if x is not None]
-        fewest, most = limits.pipelines or (0, _MANY)
-        self.most[self.pipelines : self.nic_rows] = most, -fewest
-        if chains.ways is not None:
-            self.most[self.uplink_rows : self.pool_rows] = chains.ways.left_s
-        self.most[self.pool_rows :] = [
-            classes.count[c] / classes.on_node[c]
-            for c in (int(np.flatnonzero(classes.pool == pool)[0]) for pool in pools)
-        ]
-        self.nodes = np.stack(
-            [self._node(int(u), pools) for u in range(int(self.use.max()) + 1)], axis=1
-        )
-
-    def _node(self, use: int, pools: Ints) -> Floats:
-        """The column of a node that is put to a use: what it gives is negative."""
-        column = np.zeros(len(self.most))
-        members = np.flatnonzero(self.use == use)
-        column[members] = -self.classes.on_node[members]
-        column[self.pool_rows + int(np.searchsorted(pools, self.classes.pool[members[0]]))] = 1.0
-        nics = self.chains.nics
-        if nics is not None and use in self.shared:
-            i = int(np.searchsorted(nics.classes, members[0]))
-            row = self._nic_row(use)
-            column[row : row + self.tangents] = -(nics.tangents[:, i] ** 2) / 2
-            column[row + self.tangents] = -nics.left_s.max()
-            column[row + self.tangents + 1] = self.classes.serves[members[0], 0]
-        return column
-
-    def _nic_row(self, use: int) -> int:
-        return self.nic_rows + self.per_use * self.shared.index(use)
-
-    def first_prices(self) -> Floats:
-        """Devices at their speed, and nodes at their devices'."""
-        duals = np.zeros(len(self.most))
-        duals[: self.count] = 1 / self.classes.layer_s.sum(axis=1)
-        worth = -duals @ self.nodes
-        for pool in range(self.pool_rows, len(duals)):
-            duals[pool] = worth[self.nodes[pool] > 0].max()
-        return duals
-
-    def prices(self, duals: Floats) -> tuple[Floats, NicPrices | None, Floats]:
-        """Of devices by class, of NICs, and of uplinks."""
-        uplinks = duals[self.uplink_rows : self.pool_rows]
-        limited = duals[self.count : self.pipelines] @ self.limited
-        devices: Floats = duals[: self.count] + limited
-        nics = self.chains.nics
-        if nics is None:
-            return devices, None, uplinks
-        early, load, hop, touch = np.zeros((4, self.count))
-        for i, c in enumerate(nics.classes.tolist()):
-            row = self._nic_row(int(self.use[c]))
-            tangents = duals[row : row + self.tangents]
-            early[c], load[c] = tangents.sum(), tangents @ nics.tangents[:, i]
-            hop[c], touch[c] = duals[row + self.tangents], duals[row + self.tangents + 1]
-        return devices, NicPrices(early, load, hop, touch), uplinks
-
-    def column(self, chain: Chain, question: int, prices: NicPrices | None) -> Floats:
-        """What a chain needs."""
-        column = np.zeros(len(self.most))
-        used = np.bincount(chain.classes, minlength=self.count)
-        column[: self.count] = used
-        column[self.count : self.pipelines] = self.limited @ used
-        column[self.pipelines : self.nic_rows] = 1.0, -1.0
-        nics, ways = self.chains.nics, self.chains.ways
-        if ways is not None:
-            column[self.uplink_rows : self.pool_rows] = ways.asked(chain.classes, question)
-        if nics is None or prices is None:
-            return column
-        stages = list(zip(chain.classes, chain.layers, strict=True))
-        early, load, hop, touch = nics.asked(stages, question, prices)
-        for i, c in enumerate(nics.classes.tolist()):
-            row = self._nic_row(int(self.use[c]))
-            column[row : row + self.tangents] += early[c] + nics.tangents[:, i] * load[c]
-            column[row + self.tangents] += hop[c]
-            column[row + self.tangents + 1] -= touch[c]
-        return column
-
-    def solve(self, worth: Floats, columns: Floats) -> tuple[float, Floats]:
-        """The optimum with these columns, and its dual prices."""
-        missing = np.zeros((len(self.most), 1))  # a pipeline for which there is no column yet
-        missing[self.pipelines + 1] = -1.0
-        objective = np.concatenate([-worth, [_PENALTY * worth.max()], np.zeros(len(self.nodes.T))])
-        solution = linprog(
-            objective,
-            A_ub=np.hstack([columns, missing, self.nodes]),
-            b_ub=self.most,
-            bounds=(0, None),
-            method="highs",
-        )
-        duals: Floats = np.maximum(-solution.ineqlin.marginals, 0.0)
-        return -float(solution.fun or 0.0), duals
 
 
 def _best_of_each_cost(gain: Floats, cost: Floats) -> list[int]:
@@ -289,7 +154,7 @@ def _whole_pipelines(worth: Floats, chains: Chains, devices: int, limits: Limits
         return 0.0
     pipelines = devices // useful[0][0]
     if limits.pipelines is not None:
-        pipelines = min(pipelines, limits.pipelines[1])
+        pipelines = min(pipelines, limits.pipelines)
     for _ in range(pipelines):
         more = best.copy()
         for d, value in useful:

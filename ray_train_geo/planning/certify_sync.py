@@ -38,10 +38,16 @@ _MOST_LEVELS = 12
 
 @dataclass(frozen=True, slots=True)
 class GroupFloor:
-    """A group that sums ``G`` bytes takes at least ``latency_s + G * seconds_per_byte``."""
+    """A group that sums ``G`` bytes takes at least ``latency_s + G * seconds_per_byte``.
+
+    Args:
+        nic_share: what a member sends over its node's NIC, in parts of ``G``, if it is the only
+            device of its node.
+    """
 
     latency_s: float = 0.0
     seconds_per_byte: float = 0.0
+    nic_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +87,7 @@ def sync_cases(
         return [SyncCase(GroupFloor(), (True,) * len(table.latency_s))]
     messages, parts = _factors(mode, fewest, most)
     cost, per_byte = _pairs(table, mode, messages, parts, least_bytes)
+    nic_share = _nic_share(mode, fewest)
     devices = np.bincount(table.site, minlength=len(table.latency_s))
     on_node = np.zeros(len(devices), dtype=np.int64)
     np.maximum.at(on_node, table.site, np.bincount(table.node)[table.node])
@@ -100,7 +107,7 @@ def sync_cases(
         beyond = cost >= values[start]
         rate = float(per_byte[beyond].min())
         # At least the pair's cost for the smallest group, and each byte more at the best rate.
-        floor = GroupFloor(max(0.0, values[start] - least_bytes * rate), rate)
+        floor = GroupFloor(max(0.0, values[start] - least_bytes * rate), rate, nic_share)
         labels = merges[min(start + step, len(values)) - 1][1]
         for label in np.unique(labels):
             inside = labels == label
@@ -111,11 +118,11 @@ def sync_cases(
 
 def group_floor(
     table: LinkTable, mode: GradientSyncName, members: tuple[int, int], size_bytes: float
-) -> float:
-    """Seconds that a group of ``size_bytes`` takes wherever it is."""
+) -> tuple[float, float]:
+    """What a group of ``size_bytes`` takes wherever it is, and its share on a private NIC."""
     floors = [c.floor for c in sync_cases(table, mode, members, size_bytes)]
     seconds = (f.latency_s + size_bytes * f.seconds_per_byte for f in floors)
-    return min(seconds, default=0.0)
+    return min(seconds, default=0.0), _nic_share(mode, members[0])
 
 
 def components(cost: Floats) -> list[tuple[float, Ints]]:
@@ -153,6 +160,10 @@ def _factors(mode: GradientSyncName, fewest: int, most: int) -> tuple[float, flo
     if mode == "allreduce":
         return 2.0 * (fewest - 1), 2.0 * (fewest - 1) / fewest
     return 1.0, 1.0
+
+
+def _nic_share(mode: GradientSyncName, fewest: int) -> float:
+    return 0.0 if mode == "central_ps" or fewest < 2 else 2 * (fewest - 1) / fewest
 
 
 def _pairs(

@@ -15,33 +15,29 @@ Each is linear in ``k``, so that each gives the most layers in closed form.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ray_train_geo.model.catalog import (
     embedding_parameters,
     head_parameters,
     layer_parameters,
 )
-from ray_train_geo.planning.certify_chains import Chains
-from ray_train_geo.planning.certify_classes import DeviceClasses
-from ray_train_geo.planning.certify_nics import NicUse, StageKind, member_share
+from ray_train_geo.planning.certify_chains import Chains, DeviceClasses
 from ray_train_geo.planning.certify_sync import GroupFloor
-from ray_train_geo.planning.certify_ways import Bools
 from ray_train_geo.planning.link_table import Floats, Ints
 from ray_train_geo.planning.problem import Problem
-from ray_train_geo.spec import GradientSyncName
 
 __all__ = ["Tail", "chains_in_time"]
+
+Bools = NDArray[np.bool_]
 
 _GRADIENT_BYTES = 4
 _SLACK = 1e-9
 _MANY = 1 << 40
-_TANGENTS = (0.5, 1.0, 2.0)
-"""Where the bound on a node's sync is looked at, in parts of an even share of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,22 +46,16 @@ class Tail:
 
     Args:
         groups: of the layers' gradients.
-        tied_s: of a tied token matrix, on first and last stages; 0 without one.
+        tied_s, tied_nic_share: of a tied token matrix, on first and last stages; 0 without one.
         commit_s: the round of scalars at the end.
         hop_s: of the cheapest hop: (down, down and up).
-        mode: of gradient sync; None: nothing is summed.
-        members, tied_members: fewest of a layer's group, and of the tied token matrix's.
-        message_bytes: of the smallest message between stages.
     """
 
     groups: GroupFloor
     tied_s: float
+    tied_nic_share: float
     commit_s: float
     hop_s: tuple[float, float]
-    mode: GradientSyncName | None
-    members: int
-    tied_members: int
-    message_bytes: float
 
 
 def chains_in_time(
@@ -76,7 +66,6 @@ def chains_in_time(
     tail: Tail,
     *,
     allowed: Bools | None = None,
-    one_node: Bools | None = None,
     lasting: bool = False,
 ) -> Chains:
     """Chains that can do ``microbatches[i]`` and have stepped by ``time_s[i]`` as far as one sees.
@@ -84,7 +73,6 @@ def chains_in_time(
     Args:
         time_s, microbatches: ``[n]``.
         allowed: ``[n, classes]``; devices that may be used at all.
-        one_node: ``[n, classes]``; devices whose pipelines can't leave their node.
         lasting: only limits for which the least time of a chain divided by ``m`` does not grow
             with ``m``: GPipe's memory does not count, nor what runs beside the last backward.
     """
@@ -107,88 +95,21 @@ def chains_in_time(
     round_s = above * fastest.sum() + hops * tail.hop_s[1]
     exposed_s = first.exposed_s(longest)
 
-    # All messages to a node of one device pass its NIC, of inner stages from both sides.
-    alone = np.where(classes.node_size == 1, classes.nic_seconds_per_byte[:, 0], 0.0)
-    message_s = many * tail.message_bytes * alone
-
-    def most(
-        stage: _Stage, behind: slice, memory: Ints, exposed_s: Floats, crossing_s: Floats
-    ) -> Ints:
+    def most(stage: _Stage, behind: slice, memory: Ints, exposed_s: Floats) -> Ints:
         found = stage.most_layers(
             many, left_s - round_s[:, behind] - exposed_s, left_s - down_s[:, behind], lasting
         )
-        found = np.where(crossing_s > left_s, 0, np.minimum(found, memory[:, None, :]))
+        found = np.minimum(found, memory[:, None, :])
         return found if allowed is None else np.where(allowed[:, None, :], found, 0)
 
     nothing, anywhere = slice(0, 1), slice(None)
     tables = (
-        most(first, nothing, memory[0], exposed_s, message_s),
-        most(inner, anywhere, memory[1], exposed_s, 2 * message_s),
-        most(last, anywhere, memory[2], exposed_s, message_s),
-        most(only, nothing, memory[3], np.zeros((1, 1, 1)), 0 * message_s),
+        most(first, nothing, memory[0], exposed_s),
+        most(inner, anywhere, memory[1], exposed_s),
+        most(last, anywhere, memory[2], exposed_s),
+        most(only, nothing, memory[3], np.zeros((1, 1, 1))),
     )
-    if one_node is not None:
-        tables = _on_one_node(problem.dims.layers, classes, one_node, tables)
-    chains = _as_the_job_says(problem, tables)
-    if True or lasting or tail.mode is None or not (classes.node_size > 1).any():
-        return chains
-    stages: dict[StageKind, _Stage] = {"first": first, "inner": inner, "last": last, "only": only}
-    return replace(chains, nics=_nic_use(stages, classes, tail, many, left_s, down_s))
-
-
-def _on_one_node(
-    layers: int, classes: DeviceClasses, one_node: Bools, tables: tuple[Ints, Ints, Ints, Ints]
-) -> tuple[Ints, Ints, Ints, Ints]:
-    """Without the devices of nodes that can't hold all layers, where a node must."""
-    first, inner, last, only = tables
-    most = np.maximum.reduce([first[:, 0], inner[:, 0], last[:, 0], only[:, 0]])
-    same = (classes.pool[:, None] == classes.pool) & (classes.serves[:, :1] == classes.serves[:, 0])
-    holds = (most * classes.on_node) @ same
-    fits = ~one_node | (holds >= layers)
-    within = fits[:, None, :]
-    return first * within, inner * within, last * within, only * within
-
-
-def _nic_use(
-    stages: Mapping[StageKind, _Stage],
-    classes: DeviceClasses,
-    tail: Tail,
-    many: Ints,
-    left_s: Floats,
-    down_s: Floats,
-) -> NicUse:
-    shared = np.flatnonzero(classes.node_size > 1)
-    count = np.arange(1, down_s.shape[1] + 1)[:, None]
-    sync_s, early = {}, {}
-    for kind, stage in stages.items():
-        load, work, backward = (
-            (constant + count * per_layer)[:, shared]
-            for constant, per_layer in (stage.nic_s, stage.work_s, stage.backward_s)
-        )
-        sync_s[kind] = load
-        early[kind] = load * (many * work - backward + load / 2 - left_s)
-    # About what a node is busy for: the tangents only have to be near.
-    speed = 1 / classes.layer_s.sum(axis=1)
-    held = tail.members * len(count) * speed / (classes.count * speed)[_once(classes)].sum()
-    per_device = held * stages["inner"].nic_s[1] * classes.on_node
-    use = np.stack([classes.pool, classes.serves[:, 0]], axis=1)
-    same = (use[:, None] == use[None]).all(axis=2)
-    node_s = (same @ per_device)[shared]
-    return NicUse(
-        classes=shared,
-        sync_s=sync_s,
-        early=early,
-        delay_s=down_s[:, :, 0],
-        hop_s=many[:, 0] * tail.message_bytes * classes.nic_seconds_per_byte[shared, 0],
-        left_s=left_s[:, 0, 0],
-        least_touch=1 / (classes.node_size - classes.serves[:, 0] + 1)[shared],
-        tangents=np.array(_TANGENTS)[:, None] * node_s,
-    )
-
-
-def _once(classes: DeviceClasses) -> Bools:
-    """Classes that are not another one's devices, used otherwise."""
-    return classes.serves[:, 0] == 1
+    return _as_the_job_says(problem, tables)
 
 
 def _memory(
@@ -243,7 +164,7 @@ class _Stage:
         ends = first * classes.embedding_s + last * classes.head_s
         shares_tokens = first != last  # with the other end of its own pipeline, if nobody else
         per_parameter = _GRADIENT_BYTES * groups.seconds_per_byte
-        share, tied_share = _nic_seconds_per_byte(classes, tail)
+        alone = _GRADIENT_BYTES * classes.nic_seconds_per_byte
         none = np.zeros(len(classes.count))
         return cls(
             work_s=(ends.sum(axis=1), classes.layer_s.sum(axis=1)),
@@ -257,8 +178,8 @@ class _Stage:
                 none + per_parameter * layer,
             ),
             nic_s=(
-                _GRADIENT_BYTES * (share * extra + shares_tokens * tied_share * tokens),
-                _GRADIENT_BYTES * share * layer,
+                alone * (groups.nic_share * extra + shares_tokens * tail.tied_nic_share * tokens),
+                alone * groups.nic_share * layer,
             ),
         )
 
@@ -291,16 +212,3 @@ class _Stage:
         """Sync and update, less the last backward that they start with."""
         constant, per_layer = (sync[i] - self.backward_s[i] + self.optimizer_s[i] for i in range(2))
         return constant, per_layer
-
-
-def _nic_seconds_per_byte(classes: DeviceClasses, tail: Tail) -> tuple[Floats, Floats]:
-    """``[classes]``; NIC seconds for a byte of a layer's gradients, and of the tied tokens'."""
-    if tail.mode is None:
-        return np.zeros(len(classes.count)), np.zeros(len(classes.count))
-    nic = classes.nic_seconds_per_byte[:, 1 if tail.mode == "central_ps" else 0]
-    together = np.minimum(classes.serves[:, 1], classes.node_size)
-    ends = np.minimum(2 * classes.serves[:, 1], classes.node_size)
-    return (
-        nic * member_share(tail.mode, tail.members, together),
-        nic * member_share(tail.mode, tail.tied_members, ends),
-    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ray_train_geo.errors import PlanError
+from ray_train_geo.planning.constructions import Shape
 from ray_train_geo.planning.evaluate import Candidate, Chain
 from ray_train_geo.planning.pipeline_mix import best_mix
 from ray_train_geo.planning.problem import Problem
@@ -20,12 +21,13 @@ def mixed_kinds(problem: Problem, usable: Sequence[int]) -> Iterator[Candidate]:
     """Plans of the best mixes; none where all devices are of one kind."""
     if len({problem.kinds[d] for d in usable}) < 2:
         return
+    shape = Shape.of(problem)
     everyone = _chains(problem, usable)
-    if everyone:
+    if everyone and len(everyone) == (shape.pipelines or len(everyone)):
         yield everyone
     regions = problem.table.region
     parts = [[d for d in usable if regions[d] == r] for r in range(len(problem.table.regions))]
-    if problem.job.fixed_pipelines() is None and sum(map(bool, parts)) > 1:
+    if shape.pipelines is None and sum(map(bool, parts)) > 1:
         apart = tuple(chain for part in parts if part for chain in _chains(problem, part))
         if apart:
             yield apart

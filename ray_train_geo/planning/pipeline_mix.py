@@ -14,8 +14,7 @@ import numpy as np
 from ortools.sat.python import cp_model
 
 from ray_train_geo.errors import PlanError
-from ray_train_geo.planning.certify_chains import Chain, Chains
-from ray_train_geo.planning.certify_classes import DeviceClasses
+from ray_train_geo.planning.certify_chains import Chain, Chains, DeviceClasses
 from ray_train_geo.planning.certify_packing import Limits, pack
 from ray_train_geo.planning.link_table import Floats, Ints
 from ray_train_geo.planning.problem import Problem
@@ -74,12 +73,12 @@ def best_mix(problem: Problem) -> PipelineMix:
         PlanError: no chain of devices has memory for the model.
     """
     job, options = problem.job, problem.options
-    classes = DeviceClasses.of(problem, nodes=False)
+    classes = DeviceClasses.of(problem)
     classes = classes.merged([0] * len(classes.count))
     shortest, longest = _periods(problem, classes)
     chains = _within_period(problem, classes, longest)
     limits = Limits(
-        (1, job.fixed_pipelines() or job.training.total_microbatches),
+        job.fixed_pipelines() or job.training.total_microbatches,
         job.scaling.max_devices,
         options.max_dollars_per_hour,
     )
@@ -156,7 +155,7 @@ def _whole(
         used = sum(x * len(k.classes) for x, k in zip(times, chains, strict=True))
         model.add(used <= min(total, limits.devices))
     if limits.pipelines is not None:
-        model.add(sum(times) <= limits.pipelines[1])
+        model.add(sum(times) <= limits.pipelines)
     if limits.dollars_per_hour is not None:
         cents = [round(float(classes.price_per_hour[list(k.classes)].sum()) * 1e4) for k in chains]
         spent = sum(x * c for x, c in zip(times, cents, strict=True))

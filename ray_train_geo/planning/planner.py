@@ -46,8 +46,11 @@ _FINALISTS = 6
 _CONSTRUCTIONS = 100_000
 """Devices in all the constructions that are evaluated together: 1,500 plans of 64 devices."""
 
-_TO_CONSTRUCT, _TO_SEARCH, _TO_CERTIFY = 0.4, 0.7, 0.8
-"""By which parts of the budget constructions, local search, and the choice must be done."""
+_TO_CONSTRUCT, _TO_SEARCH, _TO_CERTIFY, _TO_PROVE = 0.4, 0.7, 0.8, 0.95
+"""By which parts of the budget constructions, local search, the choice, and the bound are done."""
+
+_PATIENCE_S = 20.0
+"""For the bound, where there is no budget."""
 
 _PROMISING = 1.02
 """A sketch whose compute alone takes this much longer than the best plan is not looked at."""
@@ -59,6 +62,7 @@ def plan(
     vocab_size: int = 257,
     options: PlanOptions | None = None,
     budget: Budget | None = None,
+    prove: bool = True,
 ) -> Plan:
     """The best plan found by ``options.objective`` (ties: fewer devices, then fewer stages).
 
@@ -68,6 +72,7 @@ def plan(
     Args:
         vocab_size: the tokenizer's, in tokens; for models that don't name their own.
         budget: of time; when it is spent the best plan so far is returned, and at least one.
+        prove: look for a lower bound; without, the certificate's is 0.
 
     Raises:
         PlanError: too few devices, or no allowed plan fits; with what is short and what to do.
@@ -79,7 +84,9 @@ def plan(
     if problem.options.objective == "dtfm":
         found = dtfm_plan(problem, budget)
     else:
-        found = _certified(problem, search(problem, budget), budget)
+        found = search(problem, budget)
+        if prove:
+            found = _certified(problem, found, budget)
     small = [d.id for d in problem.topology.devices if not problem.fits_any(d)]
     if small and not {d.id for d in found.devices} & set(small):
         note = f"too little memory for any layer: {', '.join(small)}"
@@ -130,7 +137,11 @@ def _certified(problem: Problem, plan: Plan, budget: Budget) -> Plan:
     elif problem.options.objective == "dollars":
         bound = dollars_bound(problem, modes, codecs)
     else:
-        bound = step_time_bound(problem, modes, codecs)
+        # A bound that took longer would change no plan, only what is known of it.
+        patience = Budget(_PATIENCE_S)
+        bound = step_time_bound(
+            problem, modes, codecs, lambda: patience.spent() or budget.spent(_TO_PROVE)
+        )
     value = plan.certificate.value
     certificate = replace(
         plan.certificate, lower_bound=min(bound.value, value), argument=bound.argument

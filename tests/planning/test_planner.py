@@ -289,7 +289,7 @@ def jobs(draw):
     )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(topologies(), jobs(), st.randoms(use_true_random=False))
 def test_any_job_on_any_topology_is_planned_or_refused(topology, wish, random):
     try:
