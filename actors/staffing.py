@@ -15,6 +15,7 @@ from ray_train_geo.actors.recorder import Recorder
 from ray_train_geo.cluster.topology import Device, Topology
 from ray_train_geo.cluster.topology_file import load_topology
 from ray_train_geo.errors import StorageError
+from ray_train_geo.planning.budget import Budget
 from ray_train_geo.planning.plan import Plan
 from ray_train_geo.planning.planner import plan as make_plan
 from ray_train_geo.spec import JobSpec
@@ -22,6 +23,9 @@ from ray_train_geo.training.checkpoint import CheckpointStore
 from ray_train_geo.training.mission import Mission, check_space
 
 __all__ = ["staff"]
+
+_PLANNING_S = 10.0
+"""The driver waits for the coordinator while it plans."""
 
 
 def staff(
@@ -51,7 +55,9 @@ def staff(
     wanted = fixed or job.scaling.max_devices
     needed = max(fixed or 1, job.scaling.min_devices)
     devices = wait_for_devices(job.scaling, needed, wanted, after_loss, watch)
-    first = make_plan(_topology(devices, links), job, mission.vocab_size, prove=False)
+    first = make_plan(
+        _topology(devices, links), job, mission.vocab_size, budget=Budget(_PLANNING_S), prove=False
+    )
     # After the plan: a model that fits no memory should not be called too large for the disk.
     check_space(mission.dims, job.checkpoint.keep, store)
     used = {stage.device for pipeline in first.pipelines for stage in pipeline.stages}
@@ -63,7 +69,7 @@ def staff(
         if links is None:
             topology = dataclasses.replace(topology, node_links=crew.links())
         began = time.perf_counter()
-        plan = make_plan(topology, job, mission.vocab_size)
+        plan = make_plan(topology, job, mission.vocab_size, budget=Budget(_PLANNING_S))
         plan = dataclasses.replace(plan, search_s=time.perf_counter() - began)
         crew.assign(plan)
     except BaseException:
