@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_train_geo.planning.pipeline_cost import balanced_cut
 from ray_train_geo.planning.warmup import StageTimes, choose_warmup
 from ray_train_geo.schedule.one_f_one_b import one_f_one_b
 from ray_train_geo.schedule.timeline import Hop, timeline
@@ -93,18 +92,3 @@ def test_no_idle_time_means_no_gain_from_more(given_times, microbatches):
     bounds += [t.round_s + (microbatches - 1) * hop.transfer_s for hop in (*t.down, *t.up)]
     assert max(bounds) <= found * (1 + 1e-9)
     assert found <= 2 * max(bounds)
-
-
-@pytest.mark.parametrize(
-    ("layer_s", "extra_s", "most", "cut"),
-    [
-        ([1, 1, 1], [0, 0, 0], [9, 9, 9], (0, 3, 5, 7)),
-        ([1, 1, 1], [0, 0, 2.5], [9, 9, 9], (0, 3, 6, 7)),
-        ([1, 2], [0, 0], [9, 9], (0, 5, 7)),
-        ([1, 1], [0, 0], [2, 9], (0, 2, 7)),
-        ([1, 1], [0, 0], [2, 4], None),
-        ([1] * 8, [0] * 8, [9] * 8, None),
-    ],
-)
-def test_a_balanced_cut(layer_s, extra_s, most, cut):
-    assert balanced_cut(7, layer_s, extra_s, most) == cut
