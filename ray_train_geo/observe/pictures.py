@@ -46,22 +46,27 @@ _ON_COLOUR = "#fefefe"
 _KINDS = {
     "forward": BLUE,
     "backward": ORANGE,
+    "weights": "#8c5a2b",
     "optimizer": "#7a5bb5",
+    "codec": "#b09b2e",
     "receive": "#2a9d8f",
     "send": "#8fbf3f",
     "sync": "#c2528b",
 }
-_COMPUTE = ("forward", "backward", "optimizer")
+_COMPUTE = ("forward", "backward", "weights", "codec", "optimizer")
 _THIN = ("receive", "send", "sync")
 _MOST_POINTS = 1500
+_MOST_TIMES = 12
 _WIDTH = 11.2  # inches, of all charts: they stand below each other in the report
 
 
 def loss_curve(records: Records, events: Records = ()) -> Figure:
     """Training loss by step, in nats a token, with bits per byte on the right where known.
 
-    Changes of generation are dotted verticals; checkpoints (of ``events``) triangles at the
-    bottom; steps that were skipped for an overflow red crosses at the top.
+    Changes of generation are dotted verticals.  Of ``events``: checkpoints are triangles at the
+    bottom; at the top, the first steps after a loss are red triangles, those after a node came or
+    was drained grey ones, with the seconds that it took.  Steps that were skipped for an overflow
+    are red crosses at the top.
     """
     figure, axes = _chart("Loss", "step", "loss (nats per token)", (_WIDTH, 3.7))
     steps, losses = _series(records, "loss")
@@ -87,6 +92,11 @@ def loss_curve(records: Records, events: Records = ()) -> Figure:
     if skipped:
         at = [top - 0.03 * height] * len(skipped)
         axes.plot(skipped, at, "x", color=RED, markersize=5, label="skipped (overflow)")
+    for kind, colour, label in (
+        ("recovery", RED, "first step after a loss"),
+        ("reshape", MUTED, "first step after nodes came or went"),
+    ):
+        _change_marks(axes, [e for e in events if e.get("event") == kind], colour, label, height)
     axes.set_ylim(bottom, top)
     _legend(axes)
     return figure
@@ -124,8 +134,8 @@ def step_time_picture(records: Records) -> Figure:
 def pipeline_timeline(trace: Mapping[str, Any], step: int | None = None) -> Figure:
     """Who did what, when, in one step of a Chrome trace (see ``observe.trace``).
 
-    A row is a rank: its compute as a bar (forward and backward with the microbatch's number where
-    there is room), and under it thin lanes for receive, send and sync.
+    A row is a rank: its compute as a bar (forward, backward and weight gradients with the
+    microbatch's number where there is room), and under it thin lanes for receive, send and sync.
 
     Args:
         step: the step to draw; by default the last one that all ranks have traced.
@@ -250,6 +260,23 @@ def _generation_marks(axes: Axes, records: Records) -> None:
         if len(changes) <= 12:
             axes.text(step - 0.5, 1.01, f"gen {generation}", transform=axes.get_xaxis_transform(),
                       fontsize=7, color=MUTED, ha="center", va="bottom")  # fmt: skip
+
+
+def _change_marks(axes: Axes, changes: Records, colour: str, label: str, height: float) -> None:
+    """Triangles below the upper edge, with how long training was interrupted if they are few."""
+    steps = _steps_of(changes)
+    if not steps:
+        return
+    at = axes.get_ylim()[1] - 0.05 * height
+    axes.plot(steps, [at] * len(steps), "v", color=colour, markersize=6, label=label)
+    if len(changes) > _MOST_TIMES:
+        return
+    for change in changes:
+        if _is(change.get("step")) and _is(change.get("first_commit_s")):
+            axes.annotate(
+                f"{change['first_commit_s']:.1f} s", (change["step"], at), xytext=(5, -2),
+                textcoords="offset points", fontsize=7, color=colour, va="center",
+            )  # fmt: skip
 
 
 def _chart(title: str, x: str, y: str, size: tuple[float, float]) -> tuple[Figure, Axes]:

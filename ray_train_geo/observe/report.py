@@ -20,6 +20,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ray_train_geo.errors import StorageError
+from ray_train_geo.observe.device_timeline import device_timeline, device_timeline_picture
 from ray_train_geo.observe.pictures import (
     loss_curve,
     pipeline_timeline,
@@ -81,6 +82,11 @@ def _pictures(
         ("Step time by step, predicted and measured", step_time_picture(records)),
     ]
     notes = []
+    try:
+        if (timeline := device_timeline(events)) is not None:
+            figures.append(("Devices over time", device_timeline_picture(timeline)))
+    except (KeyError, TypeError, ValueError) as e:
+        notes.append(f"events.jsonl is not in the format that this version draws ({e!r}).")
     for name, title, draw in (
         ("trace.json", "Timeline of one step", pipeline_timeline),
         ("plan.json", "Plan", plan_picture),

@@ -191,15 +191,11 @@ class RunDirectory:
         Raises:
             StorageError: the file can't be read, or is not JSON.
         """
-        path = self.path / name
+        data = self.read_bytes(name)
         try:
-            return json.loads(path.read_bytes())
-        except FileNotFoundError:
-            return None
+            return None if data is None else json.loads(data)
         except ValueError as e:
-            raise StorageError(f"{path} is damaged: {e}; delete it") from e
-        except OSError as e:
-            raise _storage_error("can't read", path, e) from e
+            raise StorageError(f"{self.path / name} is damaged: {e}; delete it") from e
 
     def write_json(self, name: str, obj: Any, indent: int | None = 2) -> Path:
         """Write ``obj`` as strict JSON to the file ``name``, atomically, and return its path.
@@ -211,9 +207,27 @@ class RunDirectory:
 
     def write_text(self, name: str, text: str) -> Path:
         """Write ``text`` to the file ``name``; otherwise as :meth:`write_json`."""
+        return self.write_bytes(name, text.encode("utf-8", "backslashreplace"))
+
+    def write_bytes(self, name: str, data: bytes) -> Path:
+        """Write ``data`` to the file ``name``; otherwise as :meth:`write_json`."""
         path = self.path / name
-        self._replace(path, text.encode("utf-8", "backslashreplace"))
+        self._replace(path, data)
         return path
+
+    def read_bytes(self, name: str) -> bytes | None:
+        """The content of the file ``name``, or None if there is no such file.
+
+        Raises:
+            StorageError: it can't be read.
+        """
+        path = self.path / name
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as e:
+            raise _storage_error("can't read", path, e) from e
 
     def write_error(self, name: str, text: str) -> Path:
         """Keep ``text`` (a traceback) in ``errors/``; never replaces an earlier one.

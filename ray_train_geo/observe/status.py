@@ -29,7 +29,11 @@ def run_status(run: RunDirectory) -> dict[str, Any]:
     elif "stop" in session:
         phase = "stopping"
     else:
-        phase = "training" if "generation" in session else "starting"
+        # A generation ends a wait, and a wait a generation.
+        last_of = {"waiting": "waiting", "generation": "training"}
+        phase = "starting"
+        for event in events[start:]:
+            phase = last_of.get(event["event"], phase)
     last = records[-1] if records else None
     recent = [r["tokens_per_s"] for r in records[-_RECENT_STEPS:]]
     latest = max([r["time"] for r in records[-1:]] + [e["time"] for e in events[-1:]], default=0.0)

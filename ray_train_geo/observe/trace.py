@@ -21,13 +21,19 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
 
+from ray_train_geo.observe.phases import PhasePage
+
 __all__ = ["Category", "Span", "Tracer", "chrome_trace", "worker_name"]
 
-Category = Literal["forward", "backward", "send", "receive", "sync", "optimizer"]
+Category = Literal[
+    "forward", "backward", "weights", "codec", "send", "receive", "sync", "optimizer"
+]
 
 _LANES: dict[str, str] = {
     "forward": "compute",
     "backward": "compute",
+    "weights": "compute",
+    "codec": "compute",
     "optimizer": "compute",
     "receive": "receive",
     "send": "send",
@@ -55,13 +61,17 @@ class Tracer:
 
     Times are the host's: on a GPU a span covers the launch of its kernels, unless the caller
     synchronises before it ends or hands in device-timed spans by :meth:`add`.  While ``enabled``
-    is false, :meth:`span` costs one attribute look-up and one shared object.
+    is false, :meth:`span` costs two attribute look-ups and one shared object.
+
+    Args:
+        phases: is told of what begins, whether spans are recorded or not.
     """
 
-    __slots__ = ("_offset_s", "_spans", "enabled")
+    __slots__ = ("_offset_s", "_phases", "_spans", "enabled")
 
-    def __init__(self, enabled: bool = True) -> None:
+    def __init__(self, enabled: bool = True, phases: PhasePage | None = None) -> None:
         self.enabled = enabled
+        self._phases = phases
         self._spans: deque[Span] = deque()
         # Durations come from the monotonic clock: the wall clock may jump (NTP) within a run.
         self._offset_s = time.time() - time.perf_counter()
@@ -70,6 +80,8 @@ class Tracer:
         self, category: Category, name: str, step: int, microbatch: int | None = None
     ) -> AbstractContextManager[None]:
         """A context manager that records what runs inside it (also if that raises)."""
+        if self._phases is not None:
+            self._phases.enter(category)
         return _Running(self, category, name, step, microbatch) if self.enabled else _OFF
 
     def add(self, span: Span) -> None:

@@ -29,7 +29,7 @@ _Agenda = list[tuple[float, int]]
 def simulate(
     pipelines: Sequence[PipelineWork], seconds_per_byte: Sequence[float]
 ) -> tuple[Timeline, ...]:
-    """Simulate one step, from the first forwards to the last backwards.
+    """Simulate one step, from the first forwards to each stage's last action.
 
     Pipelines that share nothing that can saturate are simulated alone, by
     :func:`~ray_train_geo.schedule.timeline.timeline`; equal ones, and equal groups of ones that
@@ -56,7 +56,9 @@ def simulate(
     for members in groups(work):
         group, per_byte = renumbered([work[i] for i in members], seconds_per_byte)
         # Schedules are long and seldom differ: comparing them is cheap, hashing is not.
-        times = tuple((p.forward_s, p.backward_s, p.down, p.up) for p in group)
+        times = tuple(
+            (p.forward_s, p.backward_s, p.weight_s, p.down, p.up, p.blocking_sends) for p in group
+        )
         alike = done.setdefault((times, tuple(per_byte)), [])
         result = next((known for other, known in alike if other == group), None)
         if result is None:
@@ -69,7 +71,16 @@ def simulate(
 
 def _alone(work: PipelineWork) -> Timeline:
     down, up = [flow.hop for flow in work.down], [flow.hop for flow in work.up]
-    return timeline(work.actions, work.forward_s, work.backward_s, down, up)
+    return timeline(
+        work.actions,
+        work.forward_s,
+        work.backward_s,
+        down,
+        up,
+        weight_s=work.weight_s,
+        pace=work.pace,
+        blocking_sends=work.blocking_sends,
+    )
 
 
 class _SharedWire:
@@ -80,27 +91,33 @@ class _SharedWire:
         sends: whom to tell when the next message wants to go.
     """
 
-    def __init__(self, number: int, latency_s: float, sends: _Agenda) -> None:
+    def __init__(self, number: int, flow: Flow, sends: _Agenda) -> None:
+        self.latency_s = flow.latency_s
         self._number = number
-        self._latency_s = latency_s
+        self._cold_s = flow.cold_s  # of the next message
+        self._free_s = 0.0  # when the last message had left: a cold one lasts longer than its turn
         self._sends = sends
         self._queue: deque[tuple[float, int]] = deque()  # (ready_s, microbatch), first on the wire
 
-    def connect(self, run: PipelineRun, stage: int, kind: Kind) -> None:
-        """Say which actions wait at the other end."""
-        self._run, self._stage, self._kind = run, stage, kind
+    def connect(self, run: PipelineRun, stages: tuple[int, int], kind: Kind) -> None:
+        """Say which stages are at its ends (from, to), and which actions wait at the other."""
+        self._run, self._stages, self._kind = run, stages, kind
 
     def send(self, microbatch: int, ready_s: float) -> None:
         if not self._queue:
-            heappush(self._sends, (ready_s, self._number))
+            heappush(self._sends, (max(ready_s, self._free_s), self._number))
         self._queue.append((ready_s, microbatch))
 
     def sent(self, now_s: float) -> None:
-        """The last byte of the first message has left: deliver it, let the next one go."""
+        """The first message has left, but for a cold start: deliver it, let the next one go."""
         _, microbatch = self._queue.popleft()
+        self._free_s = now_s + self._cold_s
+        self._cold_s = 0.0
         if self._queue:
-            heappush(self._sends, (max(now_s, self._queue[0][0]), self._number))
-        self._run.deliver(self._stage, self._kind, microbatch, now_s + self._latency_s)
+            heappush(self._sends, (max(self._free_s, self._queue[0][0]), self._number))
+        sender, receiver = self._stages
+        self._run.resume(sender, self._free_s)
+        self._run.deliver(receiver, self._kind, microbatch, self._free_s + self.latency_s)
 
 
 def _together(
@@ -114,19 +131,28 @@ def _together(
     def wire(flow: Flow) -> Wire:
         if not flow.resources:
             return PrivateWire(flow.hop)
-        wires.append(_SharedWire(len(shared), flow.latency_s, sends))
+        wires.append(_SharedWire(len(shared), flow, sends))
         shared.append(flow)
         return wires[-1]
 
     runs = []
     for p in pipelines:
         down, up = [wire(flow) for flow in p.down], [wire(flow) for flow in p.up]
-        run = PipelineRun(p.actions, p.forward_s, p.backward_s, down, up)
+        run = PipelineRun(
+            p.actions,
+            p.forward_s,
+            p.backward_s,
+            down,
+            up,
+            weight_s=p.weight_s,
+            pace=p.pace,
+            blocking_sends=p.blocking_sends,
+        )
         for s, (below, above) in enumerate(zip(down, up, strict=True)):
             if isinstance(below, _SharedWire):
-                below.connect(run, s + 1, "F")
+                below.connect(run, (s, s + 1), "F")
             if isinstance(above, _SharedWire):
-                above.connect(run, s, "B")
+                above.connect(run, (s + 1, s), "B")
         runs.append(run)
 
     network = Network(shared, seconds_per_byte)

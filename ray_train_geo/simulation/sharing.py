@@ -13,12 +13,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+from ray_train_geo.simulation.fair_share import SLACK
 from ray_train_geo.simulation.work import Flow, PipelineWork
 
-__all__ = ["SLACK", "groups", "renumbered", "simplified"]
-
-SLACK = 1 + 1e-9
-"""Flows that exceed a capacity by less than this do so by rounding only."""
+__all__ = ["groups", "renumbered", "simplified"]
 
 
 def simplified(

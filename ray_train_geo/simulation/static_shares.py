@@ -38,7 +38,7 @@ def with_static_shares(
 ) -> list[PipelineWork]:
     """The same work, where no flow shares anything and each has its constant rate."""
     work = simplified(pipelines, seconds_per_byte)
-    messages = [len(p.actions[0]) / 2 for p in work]
+    messages = [sum(a.kind == "F" for a in p.actions[0]) for p in work]
     carried: dict[int, float] = {}
     for p, count in zip(work, messages, strict=True):
         for flow in (*p.down, *p.up):

@@ -21,6 +21,7 @@ class Flow:
         size_bytes: of each message.
         seconds_per_byte: what the hop's link alone needs; 0 is no limit.
         resources: numbers of what it shares with other flows (NICs, uplinks), each once.
+        cold_s: what the slow start of its connection adds to the first message.
 
     Raises:
         ValueError: a figure that is negative or not finite, or a resource that is named twice.
@@ -30,10 +31,11 @@ class Flow:
     size_bytes: float
     seconds_per_byte: float
     resources: tuple[int, ...] = ()
+    cold_s: float = 0.0
 
     def __post_init__(self) -> None:
         # `inf` as a seconds_per_byte is how a link table says that there is no such link.
-        for figure in (self.latency_s, self.size_bytes, self.seconds_per_byte):
+        for figure in (self.latency_s, self.size_bytes, self.seconds_per_byte, self.cold_s):
             if not 0 <= figure < math.inf:
                 raise ValueError(f"a flow needs finite figures, none below 0: {self}")
         if len(set(self.resources)) != len(self.resources):
@@ -42,7 +44,7 @@ class Flow:
     @property
     def hop(self) -> Hop:
         """This flow where it shares nothing."""
-        return Hop(self.latency_s, self.size_bytes * self.seconds_per_byte)
+        return Hop(self.latency_s, self.size_bytes * self.seconds_per_byte, self.cold_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,10 @@ class PipelineWork:
         forward_s, backward_s: ``[stages]``; seconds of one microbatch.
         down: ``[stages - 1]``; activations from stage ``s`` to ``s + 1``.
         up: ``[stages - 1]``; gradients from stage ``s + 1`` to ``s``.
+        pace: ``[stages][any]``; each action takes that many times its stage's seconds (jitter, a
+            straggler); None: once.
+        blocking_sends: a stage does nothing until the message that it sends has left.
+        weight_s: ``[stages]``; seconds of one microbatch's W; None: a B is a whole backward.
     """
 
     actions: Sequence[Sequence[Action]]
@@ -61,3 +67,6 @@ class PipelineWork:
     backward_s: tuple[float, ...]
     down: tuple[Flow, ...]
     up: tuple[Flow, ...]
+    pace: tuple[tuple[float, ...], ...] | None = None
+    blocking_sends: bool = False
+    weight_s: tuple[float, ...] | None = None

@@ -197,3 +197,19 @@ def test_no_global_figure_state_and_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_changes_stand_on_the_loss_curve_with_what_they_took() -> None:
+    records = [{"step": s, "loss": 3.0 - s / 10, "generation": s // 4} for s in range(10)]
+    figure = loss_curve(
+        records,
+        [
+            {"event": "failure", "step": 3},
+            {"event": "recovery", "step": 4, "first_commit_s": 1.26},
+            {"event": "reshape", "step": 8, "first_commit_s": 0.4},
+        ],
+    )
+    drawn = lines(figure)
+    assert drawn["first step after a loss"][0] == [4]
+    assert drawn["first step after nodes came or went"][0] == [8]
+    assert {"1.3 s", "0.4 s"} <= set(texts(figure))

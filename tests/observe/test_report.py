@@ -65,7 +65,7 @@ def test_a_full_run(run: RunDirectory) -> None:
     path = write_report(run)
     assert path == run.report_path
     page = Page(path)
-    assert page.count("svg") == 4
+    assert page.count("svg") == 5
     records = example.records()
     assert page.tile("Final loss") == f"{records[-1]['loss']:.4f} | first {records[0]['loss']:.4f}"
     assert page.tile("Bits per byte").startswith(f"{records[-1]['bits_per_byte']:.4f} | first 8.0")
@@ -158,7 +158,7 @@ def test_a_damaged_file_costs_its_picture_only(run: RunDirectory, content: str) 
     run.write_text("trace.json", content)
     run.write_text("plan.json", content)
     page = Page(write_report(run))
-    assert page.count("svg") == 2
+    assert page.count("svg") == 3
     notes = [line for line in page.html.splitlines() if 'class="note"' in line]
     assert len(notes) == 2
     assert "plan.json" in notes[1]

@@ -47,6 +47,8 @@ def plain_makespans(pipelines: list[PipelineWork], seconds_per_byte: list[float]
     on_wire: dict[int, int] = {}  # flow -> microbatch
     position = {(p, s): 0 for p, work in enumerate(pipelines) for s in range(len(work.actions))}
     free_s = dict.fromkeys(position, 0.0)
+    cold_s = [flow.cold_s for *_, flow in flows]
+    not_before_s = [0.0] * len(flows)
     now = 0.0
     while True:
         progress = True
@@ -58,26 +60,34 @@ def plain_makespans(pipelines: list[PipelineWork], seconds_per_byte: list[float]
                     continue
                 action = work.actions[s][i]
                 arrival = arrivals.get((p, s, action.kind, action.microbatch))
-                if arrival is None:
+                if action.kind == "W":
+                    arrival = 0.0  # its own B is before it
+                if arrival is None or free_s[p, s] == math.inf:
                     continue
                 progress = True
-                seconds = (work.forward_s if action.kind == "F" else work.backward_s)[s]
+                each_s = {"F": work.forward_s, "B": work.backward_s, "W": work.weight_s or ()}
+                seconds = each_s[action.kind][s]
+                seconds *= work.pace[s][i] if work.pace else 1.0
                 end = max(arrival, free_s[p, s]) + seconds
                 free_s[p, s], position[p, s] = end, i + 1
                 if action.kind == "F" and s == len(work.actions) - 1:
                     arrivals[p, s, "B", action.microbatch] = end
-                elif action.kind == "F" or s > 0:
+                elif action.kind == "F" or (action.kind == "B" and s > 0):
                     target = s + 1 if action.kind == "F" else s - 1
                     number = of_target[p, target, action.kind]
                     waiting[number].append((end, action.microbatch))
+                    if work.blocking_sends:
+                        free_s[p, s] = math.inf
             for i, queue in enumerate(waiting):
-                if i not in on_wire and queue and queue[0][0] <= now:
+                if i not in on_wire and queue and max(queue[0][0], not_before_s[i]) <= now:
                     on_wire[i] = queue.pop(0)[1]
                     left[i] = flows[i][3].size_bytes
         active = sorted(on_wire)
         rates = plain_rates([flows[i][3] for i in active], seconds_per_byte)
         events = [now + left[i] / rate for i, rate in zip(active, rates, strict=True)]
-        events += [q[0][0] for i, q in enumerate(waiting) if q and i not in on_wire]
+        events += [
+            max(q[0][0], not_before_s[i]) for i, q in enumerate(waiting) if q and i not in on_wire
+        ]
         after = min(events, default=math.inf)
         if after == math.inf:
             assert all(i == len(pipelines[p].actions[s]) for (p, s), i in position.items())
@@ -87,5 +97,9 @@ def plain_makespans(pipelines: list[PipelineWork], seconds_per_byte: list[float]
             left[i] -= rate * (after - now)
             p, s, kind, flow = flows[i]
             if left[i] <= 1e-9 * flow.size_bytes:
-                arrivals[p, s, kind, on_wire.pop(i)] = after + flow.latency_s
+                not_before_s[i] = after + cold_s[i]
+                cold_s[i] = 0.0
+                arrivals[p, s, kind, on_wire.pop(i)] = not_before_s[i] + flow.latency_s
+                if pipelines[p].blocking_sends:
+                    free_s[p, s - 1 if kind == "F" else s + 1] = not_before_s[i]
         now = after

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from hypothesis import strategies as st
 
-from ray_train_geo.schedule.gpipe import gpipe
-from ray_train_geo.schedule.one_f_one_b import one_f_one_b
+from ray_train_geo.schedule.make import make_schedule
 from ray_train_geo.simulation.work import Flow, PipelineWork
+from ray_train_geo.spec import ScheduleName
 
 RESOURCES = 4
 
@@ -14,13 +16,10 @@ RESOURCES = 4
 @st.composite
 def pipeline_work(draw: st.DrawFn, resources: int = RESOURCES) -> PipelineWork:
     stages, microbatches = draw(st.integers(1, 4)), draw(st.integers(1, 5))
-    if draw(st.booleans()):
-        actions = gpipe(stages, microbatches)
-    else:
-        warmup = sorted(
-            draw(st.lists(st.integers(0, 5), min_size=stages, max_size=stages)), reverse=True
-        )
-        actions = one_f_one_b(warmup, microbatches)
+    counts = st.lists(st.integers(0, 5), min_size=stages, max_size=stages)
+    schedule = draw(st.sampled_from(get_args(ScheduleName)))
+    warmup = sorted(draw(counts), reverse=True)
+    actions = make_schedule(schedule, warmup, draw(counts), microbatches)
     seconds = st.tuples(*[st.floats(0.1, 2)] * stages)
     flow = st.builds(
         Flow,
@@ -30,9 +29,17 @@ def pipeline_work(draw: st.DrawFn, resources: int = RESOURCES) -> PipelineWork:
         resources=st.sets(st.integers(0, resources - 1), max_size=3).map(lambda s: tuple(sorted(s)))
         if resources
         else st.just(()),
+        cold_s=st.sampled_from([0.0, 0.0, 0.9]),
     )
     hops = st.tuples(*[flow] * (stages - 1))
-    return PipelineWork(actions, draw(seconds), draw(seconds), draw(hops), draw(hops))
+    pace = None
+    if draw(st.booleans()):
+        paces = st.tuples(*[st.floats(0.5, 2)] * len(actions[0]))
+        pace = draw(st.tuples(*[paces] * stages))
+    times = draw(seconds), draw(seconds)
+    weight_s = draw(seconds) if schedule == "zero-bubble" else None
+    blocking = draw(st.booleans())
+    return PipelineWork(actions, *times, draw(hops), draw(hops), pace, blocking, weight_s)
 
 
 plans = st.lists(pipeline_work(), min_size=1, max_size=3)

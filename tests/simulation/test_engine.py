@@ -104,7 +104,29 @@ def test_more_capacity_can_slow_a_step():
 def test_equals_the_timeline_where_nothing_is_shared(pipelines):
     for work, t in zip(pipelines, simulate(pipelines, NO_LIMITS), strict=True):
         down, up = [f.hop for f in work.down], [f.hop for f in work.up]
-        assert t == timeline(work.actions, work.forward_s, work.backward_s, down, up)
+        how = {
+            "weight_s": work.weight_s,
+            "pace": work.pace,
+            "blocking_sends": work.blocking_sends,
+        }
+        assert t == timeline(work.actions, work.forward_s, work.backward_s, down, up, **how)
+
+
+def test_a_message_waits_for_the_cold_one_before_it():
+    """Also if it comes when that one has had its turn on what is shared, but has not left.
+
+    B0 is sent from 2 to 3 and, as its link is cold, has left at 6 only; B1 is ready at 4.
+    """
+    hop = Flow(0.0, 10.0, 0.1, (0,))
+    cold = Flow(0.0, 10.0, 0.1, (1,), cold_s=3.0)
+    work = PipelineWork(
+        one_f_one_b([1, 0], 2), (1.0, 0.0), (0.0, 0.0), (hop,), (cold,), ((1, 2, 1, 1),) * 2
+    )
+    late = pair(1, hop, dataclasses.replace(cold, cold_s=0.0), forward_s=20.0)
+    t, _ = simulate([work, late], [0.1, 0.1])
+    assert starts(t, 1) == pytest.approx({"F0": 2.0, "B0": 2.0, "F1": 4.0, "B1": 4.0})
+    assert starts(t, 0)["B0"] == pytest.approx(6.0)
+    assert starts(t, 0)["B1"] == pytest.approx(7.0)
 
 
 @given(plans, capacities)
@@ -149,16 +171,20 @@ def test_lies_between_no_sharing_and_fixed_shares(pipelines, seconds_per_byte):
 
 @given(plans, capacities)
 def test_keeps_the_lower_bounds(pipelines, seconds_per_byte):
+    pipelines = [dataclasses.replace(p, pace=None) for p in pipelines]
     timelines = simulate(pipelines, seconds_per_byte)
     loads = [0.0] * RESOURCES
     for p, t in zip(pipelines, timelines, strict=True):
-        microbatches = len(p.actions[0]) // 2
+        microbatches = sum(a.kind == "F" for a in p.actions[0])
+        weight_s = p.weight_s or [0.0] * len(p.actions)
         down = [f.latency_s + f.hop.transfer_s for f in p.down]
         up = [f.latency_s + f.hop.transfer_s for f in p.up]
         for s in range(len(p.actions)):
             above_s = sum(p.forward_s[:s]) + sum(p.backward_s[:s]) + sum(down[:s]) + sum(up[:s])
             busy_s = microbatches * (p.forward_s[s] + p.backward_s[s])
             assert t.makespan_s >= above_s + busy_s - 1e-6
+            first_s = sum(p.forward_s[:s]) + sum(down[:s])
+            assert t.end_s(s) >= first_s + busy_s + microbatches * weight_s[s] - 1e-6
         whole_s = sum(p.forward_s) + sum(p.backward_s) + sum(down) + sum(up)
         for flow in (*p.down, *p.up):
             assert t.makespan_s >= whole_s + (microbatches - 1) * flow.hop.transfer_s - 1e-6
@@ -167,6 +193,20 @@ def test_keeps_the_lower_bounds(pipelines, seconds_per_byte):
     makespan_s = max(t.makespan_s for t in timelines)
     for load, per_byte in zip(loads, seconds_per_byte, strict=True):
         assert makespan_s >= load * per_byte - 1e-6
+
+
+@given(plans, capacities)
+def test_no_stage_computes_while_its_message_leaves(pipelines, seconds_per_byte):
+    blocked = [dataclasses.replace(p, blocking_sends=True) for p in pipelines]
+    for p, t in zip(blocked, simulate(blocked, seconds_per_byte), strict=True):
+        for s, todo in enumerate(p.actions):
+            for i in range(len(todo) - 1):
+                out = p.up[s - 1 : s] if todo[i].kind == "B" and s else ()
+                if todo[i].kind == "F":
+                    out = p.down[s : s + 1]
+                for flow in out:
+                    gap_s = t.starts_s[s][i + 1] - t.ends_s[s][i]
+                    assert gap_s >= flow.hop.transfer_s - 1e-9
 
 
 @given(plans, capacities)
