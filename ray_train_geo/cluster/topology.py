@@ -64,24 +64,36 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A directed link, as one flow sees it.
+    """A directed link, as one message sees it.
 
     Args:
         latency_s: one way, in seconds.
         bandwidth_bytes_per_s: what the path carries.
-        window_bytes: most bytes in flight: TCP sends at most one window per round trip.
+        window_bytes: most bytes in flight: TCP sends at most one window per round trip and flow.
+        flows: over which a message goes.
     """
 
     latency_s: float
     bandwidth_bytes_per_s: float
     window_bytes: float = math.inf
+    flows: int = 1
 
     @property
     def flow_bytes_per_s(self) -> float:
-        """What one warm flow gets: the bandwidth, or a window per round trip if that is less."""
+        """What warm flows get: the bandwidth, or their windows per round trip if that is less."""
         if self.latency_s <= 0 or math.isinf(self.window_bytes):
             return self.bandwidth_bytes_per_s
-        return min(self.bandwidth_bytes_per_s, self.window_bytes / (2 * self.latency_s))
+        return min(
+            self.bandwidth_bytes_per_s, self.flows * self.window_bytes / (2 * self.latency_s)
+        )
+
+    def striped(self, most: int) -> Link:
+        """This link with as many flows as fill it, and at most ``most``."""
+        if self.latency_s <= 0 or math.isinf(self.window_bytes):
+            return self
+        full = self.bandwidth_bytes_per_s * 2 * self.latency_s
+        flows = max(1, min(most, math.ceil(full / self.window_bytes)))
+        return dataclasses.replace(self, flows=flows)
 
     def transfer_s(self, size_bytes: float) -> float:
         """Time from the start of a send to the arrival of its last byte on a warm link."""
@@ -96,7 +108,7 @@ class Link:
         rtt_s, rate = 2 * self.latency_s, self.flow_bytes_per_s
         if rtt_s <= 0 or math.isinf(rate):
             return 0.0
-        lost_s, window, sent = 0.0, float(_INITIAL_WINDOW_BYTES), 0.0
+        lost_s, window, sent = 0.0, float(self.flows * _INITIAL_WINDOW_BYTES), 0.0
         while sent < size_bytes and window < rate * rtt_s:
             lost_s += rtt_s - min(window, size_bytes - sent) / rate
             sent += window
@@ -175,6 +187,15 @@ class Topology:
     def at_precision(self, precision: str) -> Topology:
         """This topology with every device's ``flops_per_s`` at ``precision``."""
         return self.with_devices(d.at_precision(precision) for d in self.devices)
+
+    def striped(self, most: int) -> Topology:
+        """The same network used with as many flows a link as fill it, and at most ``most``."""
+        return dataclasses.replace(
+            self,
+            node_links={pair: link.striped(most) for pair, link in self.node_links.items()},
+            region_links={pair: link.striped(most) for pair, link in self.region_links.items()},
+            default_link=None if self.default_link is None else self.default_link.striped(most),
+        )
 
     def with_devices(self, devices: Iterable[Device]) -> Topology:
         """The same network with other devices on it."""

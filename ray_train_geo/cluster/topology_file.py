@@ -236,7 +236,9 @@ def dump_topology(topology: Topology, path: str | Path) -> None:
 
 
 def _figures(link: Link) -> dict[str, float]:
-    return {name: x for name, x in dataclasses.asdict(link).items() if not math.isinf(x)}
+    """What is the network's: how many flows are used is the job's."""
+    figures = dataclasses.asdict(link)
+    return {name: x for name, x in figures.items() if name != "flows" and not math.isinf(x)}
 
 
 def _pairs(

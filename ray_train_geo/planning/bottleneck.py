@@ -18,12 +18,15 @@ import numpy as np
 from ray_train_geo.cluster.topology import Device
 from ray_train_geo.planning.codecs import wire_bytes
 from ray_train_geo.planning.cost import optimizer_s
-from ray_train_geo.planning.link_table import Ints, LinkTable
+from ray_train_geo.planning.link_table import Floats, Ints, LinkTable
+from ray_train_geo.planning.local_cost import step_groups
 from ray_train_geo.planning.memory import stage_parameters
 from ray_train_geo.planning.plan import Plan, Role
-from ray_train_geo.planning.predict import Prediction
+from ray_train_geo.planning.predict import Prediction, shard_weights
 from ray_train_geo.planning.problem import Problem
-from ray_train_geo.planning.sync_cost import SyncGroups, sync_groups, synced_s
+from ray_train_geo.planning.route_cost import route_loads
+from ray_train_geo.planning.sync_cost import SyncGroups, synced_s
+from ray_train_geo.planning.sync_routes import ROUTED
 from ray_train_geo.schedule.timeline import Timeline
 from ray_train_geo.spec import GradientSyncName
 
@@ -42,7 +45,7 @@ class Breakdown:
         bubble_s: the rest of the longest pipeline: fill, drain, waiting for messages.
         sync_s: gradient sync after the last backward: what is not hidden.
         optimizer_s: after that, up to the last stage's update.
-        commit_s: the round of scalars that ends the step.
+        commit_s: scalars on their way to rank 0, and its word to the pipelines.
     """
 
     compute_s: float
@@ -114,7 +117,7 @@ def bottleneck(problem: Problem, plan: Plan, prediction: Prediction) -> str:
     )
     sync = _Limit(parts.sync_s, "gradient sync is waited for")
     optimizer = _Limit(parts.optimizer_s, "the optimizer takes")
-    commit = _Limit(parts.commit_s, "the commit's round trip to rank 0 takes")
+    commit = _Limit(parts.commit_s, "the commit's way to rank 0 and back takes")
     worst = max((full, waiting, sync, optimizer, commit), key=lambda limit: limit.seconds)
     if worst is sync:
         worst = replace(sync, more=f"; last is {_last_synced(problem, plan, prediction)}")
@@ -191,13 +194,19 @@ def _last_synced(problem: Problem, plan: Plan, prediction: Prediction) -> str:
     timelines = [prediction.timelines[r.pipeline] for r in roles]
     starts = np.array([t.last_start_s(r.stage) for t, r in zip(timelines, roles, strict=True)])
     ends = np.array([t.end_s(r.stage) for t, r in zip(timelines, roles, strict=True)])
-    groups = sync_groups(
-        problem.dims, [(0, *(stage.layers[1] for stage in p.stages)) for p in plan.pipelines]
+    groups = step_groups(
+        problem,
+        [[table.index[stage.device] for stage in p.stages] for p in plan.pipelines],
+        [(0, *(stage.layers[1] for stage in p.stages)) for p in plan.pipelines],
     )
 
     def is_waiting_for(unlimited: LinkTable) -> bool:
         """Whether the stage would be done earlier without the limit that this table lacks."""
-        done = synced_s(groups, plan.gradient_sync, devices, starts, ends, unlimited)
+        bucket = problem.job.parallelism.bucket_bytes
+        weights = shard_weights(plan.pipelines)
+        done = synced_s(
+            groups, plan.gradient_sync, devices, starts, ends, unlimited, bucket, weights
+        )
         late_s = prediction.synced_s[last.pipeline][last.stage] - float(done[last.rank])
         return late_s > _SAME * prediction.sync_s
 
@@ -227,16 +236,20 @@ def _slowest_pair(
                 continue
             members = devices[row]
             source, target = members[:, None], members[None, :]
+            share: Floats | float = size / len(members)
             if mode == "allreduce":
                 source, target = members, np.roll(members, -1)
             elif mode == "central_ps":
                 others = members[1:]
                 root = np.full(len(others), members[0])
                 source, target = np.r_[others, root], np.r_[root, others]
+                share = size
+            elif mode in ROUTED:
+                share = route_loads(mode, np.array([size]), members[None, :], table).parts[0] * size
             latency, per_byte = table.hops(source, target)
-            share = size if mode == "central_ps" else size / len(members)
             sources, targets = np.broadcast_arrays(source, target)
-            seconds = np.where(sources == targets, 0.0, latency + share * per_byte)
+            idle = (sources == targets) | (np.asarray(share) == 0)
+            seconds = np.where(idle, 0.0, latency + share * per_byte)
             worst = int(seconds.argmax())
             pair = int(sources.flat[worst]), int(targets.flat[worst])
             slowest = max(slowest, (float(seconds.flat[worst]), *pair))

@@ -31,7 +31,9 @@ class DeviceClasses:
         kind: equal for classes that differ in ``site`` only.
         layer_s, embedding_s, head_s: ``[classes, 2]``; forward and backward of one microbatch.
         optimizer_s: per parameter.
-        nic_seconds_per_byte: of the NIC that a device has to itself; 0 where others share it.
+        node_size: devices of each of its nodes, of all classes together.
+        nic_seconds_per_byte: ``[classes, 2]``; of a node: the slower direction, and one after the
+            other.
     """
 
     devices: tuple[tuple[int, ...], ...]
@@ -42,19 +44,28 @@ class DeviceClasses:
     embedding_s: Floats
     head_s: Floats
     optimizer_s: Floats
+    node_size: Ints
     nic_seconds_per_byte: Floats
     price_per_hour: Floats
 
     @classmethod
-    def of(cls, problem: Problem) -> DeviceClasses:
+    def of(cls, problem: Problem, largest_node: int | None = None) -> DeviceClasses:
+        """The classes of a problem's devices.
+
+        Args:
+            largest_node: NICs of nodes of more devices don't count; None: all count.
+        """
         table = problem.table
-        alone = np.bincount(table.node)[table.node] == 1
-        nic = np.maximum(table.out_seconds_per_byte, table.in_seconds_per_byte)[table.node]
-        nic = np.where(alone, nic, 0.0)
-        kinds: dict[tuple[float | str, ...], int] = {}
+        size = np.bincount(table.node)[table.node]
+        out, into = table.out_seconds_per_byte, table.in_seconds_per_byte
+        nic = np.stack([np.maximum(out, into), out + into], axis=1)[table.node]
+        if largest_node is not None:
+            nic[size > largest_node] = 0.0
+            size = np.where(size > largest_node, len(size), size)
+        kinds: dict[tuple[float, ...], int] = {}
         members: dict[tuple[int, int], list[int]] = {}
         for i, d in enumerate(table.devices):
-            key = d.flops_per_s, d.memory_bytes, is_cpu(d), d.price_per_hour, float(nic[i])
+            key = d.flops_per_s, d.memory_bytes, is_cpu(d), d.price_per_hour, size[i], *nic[i]
             kind = kinds.setdefault(key, len(kinds))
             members.setdefault((kind, int(table.site[i])), []).append(i)
         first = [group[0] for group in members.values()]
@@ -69,6 +80,7 @@ class DeviceClasses:
             embedding_s=np.array([embedding_s(dims, training, d) for d in examples]),
             head_s=np.array([head_s(dims, training, d) for d in examples]),
             optimizer_s=np.array([optimizer_s(1, d) for d in examples]),
+            node_size=size[first],
             nic_seconds_per_byte=nic[first],
             price_per_hour=np.array([d.price_per_hour for d in examples]),
         )
@@ -90,22 +102,28 @@ class DeviceClasses:
             embedding_s=self.embedding_s[first],
             head_s=self.head_s[first],
             optimizer_s=self.optimizer_s[first],
+            node_size=self.node_size[first],
             nic_seconds_per_byte=self.nic_seconds_per_byte[first],
             price_per_hour=self.price_per_hour[first],
         )
 
-    def most_layers(self, problem: Problem, in_flight: int) -> tuple[Ints, Ints, Ints, Ints]:
+    def most_layers(
+        self, problem: Problem, in_flight: int, pipelines: int = 1
+    ) -> tuple[Ints, Ints, Ints, Ints]:
         """``[classes]`` each: layers that memory holds of a first, inner, last, and only stage.
 
         The only stage holds all layers or, here 0, does not fit.
+
+        Args:
+            pipelines: that the plan has at least.
         """
         examples = [problem.topology.devices[group[0]] for group in self.devices]
         layers = problem.dims.layers
         first, inner, last = (
-            np.array([problem.most_layers(s, n, in_flight, d, 1) for d in examples])
+            np.array([problem.most_layers(s, n, in_flight, d, pipelines) for d in examples])
             for s, n in ((0, 2), (1, 3), (1, 2))
         )
-        whole = [problem.memory((0, layers), in_flight, d, 1).total for d in examples]
+        whole = [problem.memory((0, layers), in_flight, d, pipelines).total for d in examples]
         fits = [w <= d.memory_bytes for w, d in zip(whole, examples, strict=True)]
         return first, inner, last, np.where(fits, layers, 0)
 

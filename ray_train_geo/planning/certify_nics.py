@@ -1,63 +1,103 @@
-"""What gradient sync over NICs that devices share takes at least.
+"""What summing gradients over NICs that devices share takes at least.
 
-Of the devices of a node, the one that begins its last backward first opens the node's sync, and
-the node's NIC then carries all bytes of its members.  So in a step of ``T``, with speed ``v``::
-
-    that device    work + NIC seconds - last backward <= T          times v, over all nodes:
-    every other    work                               <= T    all work + NIC v - ... <= T sum v
-
-This holds whatever the plan, so it is weak where one light stage a node costs little.
+Groups that start at the same moment or later share a NIC one behind the other.  Of a group of
+``n`` with ``k`` members on a node, a sharded server moves ``2 k (n - k) / n`` times the gradients
+over that node's NIC, a ring at least ``2 (n - 1) / n`` times; nothing, if all are there.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from ray_train_geo.model.catalog import head_parameters, layer_parameters
-from ray_train_geo.planning.certify_chains import DeviceClasses
-from ray_train_geo.planning.link_table import Ints
-from ray_train_geo.planning.problem import Problem
+from ray_train_geo.planning.link_table import Floats, Ints, LinkTable
 from ray_train_geo.spec import GradientSyncName
 
-__all__ = ["nic_bound_s"]
-
-_GRADIENT_BYTES = 4
+__all__ = ["busiest_nic_s", "node_share"]
 
 
-def nic_bound_s(
-    problem: Problem, classes: DeviceClasses, mode: GradientSyncName, pipelines: tuple[int, int]
-) -> float:
-    """No plan of so many pipelines (fewest, most) steps in less; in seconds."""
-    dims, table = problem.dims, problem.table
-    parameters = dims.layers * layer_parameters(dims) + head_parameters(dims)
-    sizes = np.sort(np.bincount(table.node))[::-1]
-    copies = min(_copies(mode, n, sizes) for n in range(pipelines[0], pipelines[1] + 1))
+def node_share(mode: GradientSyncName, members: int, node_size: Ints) -> Floats:
+    """What a group takes of the NIC of each node that it touches at least, in parts of ``G``.
 
-    # In units of one layer's work, which all devices agree on.
-    speed = np.empty(len(table.devices))
-    for group, layer in zip(classes.devices, classes.layer_s, strict=True):
-        speed[list(group)] = 1 / layer.sum()
-    layer, head = classes.layer_s[0], classes.head_s[0]
-    work = problem.job.training.total_microbatches * (dims.layers + head.sum() / layer.sum())
-    slowest = np.full(len(table.nodes), np.inf)
-    np.minimum.at(slowest, table.node, speed)
-    nic = np.maximum(table.out_seconds_per_byte, table.in_seconds_per_byte) * slowest
-    held = max(int(most.max()) for most in classes.most_layers(problem, 1))
-    last_backward = len(table.nodes) * (held * layer[1] + head[1]) / layer.sum()
-    sent = copies * _GRADIENT_BYTES * parameters * float(nic.min())
-    return float((work + max(0.0, sent - last_backward)) / speed.sum())
-
-
-def _copies(mode: GradientSyncName, members: int, sizes: Ints) -> float:
-    """How often, summed over nodes, a layer's gradients leave a node; if as few as can be do.
+    Of the slower direction; with a central server of both, one after the other.  A group that fits
+    into a node may leave NICs alone.
 
     Args:
-        sizes: devices of each node, descending: a group fills the largest nodes.
+        members: fewest of the group.
+        node_size: ``[...]``; devices of a node.
     """
-    together = np.minimum(sizes, np.maximum(members - (np.cumsum(sizes) - sizes), 0))
-    nodes = int((together > 0).sum())
-    if mode == "central_ps" or nodes < 2:
-        return 0.0
-    if mode == "allreduce":  # a ring leaves every node that it enters
-        return nodes * 2 * (members - 1) / members
-    return float(2 * (members - (together**2).sum() / members))
+    return np.where(members > node_size, _crossing(mode, members), 0.0)
+
+
+def busiest_nic_s(
+    table: LinkTable,
+    mode: GradientSyncName,
+    firsts: int,
+    members: int,
+    token_bytes: float,
+    first_bytes: float,
+) -> float:
+    """Seconds that some NIC is busy once the last of the first stages begins its last backward.
+
+    It has to move a tied token matrix, of the first and last stages, and what the first stages
+    hold besides, wherever they all are: the least over all ways to put them on nodes.
+
+    Args:
+        firsts, members: fewest first stages; fewest first and last stages, one-stage pipelines
+            counted once.
+        token_bytes, first_bytes: of the tied matrix, and of what all first stages have in common.
+    """
+    out, into = table.out_seconds_per_byte, table.in_seconds_per_byte
+    nic = out + into if mode == "central_ps" else np.maximum(out, into)
+    kinds, count = np.unique(
+        np.stack([np.bincount(table.node), nic], axis=1), axis=0, return_counts=True
+    )
+    here = np.arange(min(members, int(kinds[:, 0].max())) + 1)
+    # [kinds, first stages here, members here]; infinite where it cannot be.
+    busy_s = token_bytes * _parts(mode, members, here)[None, None, :] + (
+        first_bytes * _parts(mode, firsts, here)[None, :, None]
+    )
+    busy_s = busy_s * kinds[:, 1, None, None]
+    possible = (here[:, None] <= here) & (here <= kinds[:, 0, None, None])
+    busy_s = np.where(possible & (here <= firsts)[:, None], busy_s, np.inf)
+    levels = np.unique(busy_s[np.isfinite(busy_s)])
+    low, high = 0, len(levels) - 1
+    while low < high:
+        middle = (low + high) // 2
+        fits = busy_s <= levels[middle] * (1 + 1e-12)
+        if _room(fits, count, here, firsts) >= members:
+            high = middle
+        else:
+            low = middle + 1
+    return float(levels[low])
+
+
+def _room(fits: Floats, count: Ints, here: Ints, firsts: int) -> float:
+    """Most members that there is room for, ``firsts`` first stages among them; 0: not for those.
+
+    By fractions of nodes, so perhaps too many.
+
+    Args:
+        fits: ``[kinds, first stages, members]``; what a node can have.
+        count: ``[kinds]``; of the nodes.
+    """
+    without = np.where(fits[:, 0], here, 0).max(axis=1)
+    most_firsts = np.where(fits.any(axis=2), here, 0).max(axis=1)
+    with_firsts = np.where(fits[:, 1:].any(axis=1), here, 0).max(axis=1)
+    room, left = float((without * count).sum()), float(firsts)
+    lost = np.where(most_firsts > 0, (without - with_firsts) / np.maximum(most_firsts, 1), 0.0)
+    for kind in np.argsort(lost, kind="stable"):
+        nodes = min(float(count[kind]), left / most_firsts[kind]) if most_firsts[kind] else 0.0
+        room -= nodes * float(without[kind] - with_firsts[kind])
+        left -= nodes * float(most_firsts[kind])
+    return room + 1e-9 if left <= 1e-9 else 0.0
+
+
+def _parts(mode: GradientSyncName, members: int, here: Ints) -> Floats:
+    """What ``here`` members of a group take of their node's NIC at least, in parts of ``G``."""
+    if mode == "sharded_ps":
+        return np.maximum(2.0 * here * (members - here) / members, 0.0)
+    return np.where((here > 0) & (here < members), _crossing(mode, members), 0.0)
+
+
+def _crossing(mode: GradientSyncName, members: int) -> float:
+    return 1.0 if mode == "central_ps" else 2.0 * (members - 1) / members

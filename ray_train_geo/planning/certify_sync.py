@@ -1,14 +1,18 @@
 """The least that summing gradients takes, and where pipelines must be for so little.
 
-Every layer is summed by a group with one member in each pipeline.  Say the slowest pair of the
-group of some layer costs ``v``: then the group lies within one component of the graph of sites
-whose pairs cost at most ``v``, and every pipeline has a stage in that component::
+Every layer is summed by a group with one member in each pipeline.  At a cost ``v``, sites fall
+apart into islands whose pairs cost at most ``v``; a layer is *local* if its group is on one of
+them, and else its group costs more than ``v``::
 
-    v small:   (ohio) (virginia) (tokyo) (seoul)    all pipelines pass through one of four
-    v larger:  (ohio -- virginia) (tokyo -- seoul)  ... through one of two
-    v large:   (ohio -- virginia -- tokyo -- seoul) anywhere
+    v small:   (ohio) (virginia) (tokyo) (seoul)
+    v larger:  (ohio -- virginia) (tokyo -- seoul)
+    v large:   (ohio -- virginia -- tokyo -- seoul)
 
-So every plan belongs to one of few cases, each with a smallest ``v`` and a set of sites.
+Let ``v`` be the least at which some layer is local.  Then a plan is one of these:
+
+- Layers are local to one island only.  All pipelines pass it, and whoever is elsewhere holds layers
+  that are not local.
+- Layers are local to several islands: every pipeline passes one of them, and leaves it.
 """
 
 from __future__ import annotations
@@ -38,24 +42,29 @@ _MOST_LEVELS = 12
 
 @dataclass(frozen=True, slots=True)
 class GroupFloor:
-    """A group that sums ``G`` bytes takes at least ``latency_s + G * seconds_per_byte``.
-
-    Args:
-        nic_share: what a member sends over its node's NIC, in parts of ``G``, if it is the only
-            device of its node.
-    """
+    """A group that sums ``G`` bytes takes at least ``latency_s + G * seconds_per_byte``."""
 
     latency_s: float = 0.0
     seconds_per_byte: float = 0.0
-    nic_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class SyncCase:
-    """Plans whose groups all take at least ``floor``, and whose pipelines all meet ``sites``."""
+    """Plans whose groups all take at least ``floor``, and whose pipelines all meet ``sites``.
+
+    Args:
+        beyond: what groups with a member that is not on ``sites`` take at least.
+        leaves: every pipeline has a hop between one of ``sites`` and one of the others.
+    """
 
     floor: GroupFloor
     sites: Sites
+    beyond: GroupFloor
+    leaves: bool = False
+
+    def anywhere(self) -> SyncCase:
+        """Nothing is said of where pipelines are."""
+        return SyncCase(self.floor, (True,) * len(self.sites), self.floor)
 
 
 def between_nodes(table: LinkTable) -> tuple[Floats, Floats]:
@@ -83,46 +92,52 @@ def sync_cases(
 ) -> list[SyncCase]:
     """All cases there are for groups of ``members`` (fewest, most) and at least ``least_bytes``."""
     fewest, most = members
+    everywhere = (True,) * len(table.latency_s)
     if fewest < 2:
-        return [SyncCase(GroupFloor(), (True,) * len(table.latency_s))]
+        return [SyncCase(GroupFloor(), everywhere, GroupFloor())]
     messages, parts = _factors(mode, fewest, most)
     cost, per_byte = _pairs(table, mode, messages, parts, least_bytes)
-    nic_share = _nic_share(mode, fewest)
     devices = np.bincount(table.site, minlength=len(table.latency_s))
     on_node = np.zeros(len(devices), dtype=np.int64)
     np.maximum.at(on_node, table.site, np.bincount(table.node)[table.node])
 
+    def at_least(value: float) -> GroupFloor:
+        """At least the pair's cost for the smallest group, and each byte more at the best rate."""
+        rate = float(per_byte[cost >= value].min())
+        return GroupFloor(max(0.0, value - least_bytes * rate), rate)
+
     cases: list[SyncCase] = []
     if on_node.max() >= fewest:  # all of some group on one node, whose NIC is idle
         # Other layers' groups may be elsewhere, if that is faster.
-        everywhere = zip(within_nodes(table), between_nodes(table), strict=True)
-        latency, rate = (min(inside.min(), across.min()) for inside, across in everywhere)
+        links = zip(within_nodes(table), between_nodes(table), strict=True)
+        latency, rate = (min(inside.min(), across.min()) for inside, across in links)
         local = GroupFloor(float(messages * latency), float(parts * rate))
         here = (np.arange(len(devices)) == site for site in np.flatnonzero(on_node >= fewest))
-        cases += [SyncCase(local, tuple(sites.tolist())) for sites in here]
+        cases += [SyncCase(local, tuple(sites.tolist()), local) for sites in here]
     merges = components(cost)
     values = [value for value, _ in merges]
     step = max(1, -(-len(values) // _MOST_LEVELS))
     for start in range(0, len(values), step):
-        beyond = cost >= values[start]
-        rate = float(per_byte[beyond].min())
-        # At least the pair's cost for the smallest group, and each byte more at the best rate.
-        floor = GroupFloor(max(0.0, values[start] - least_bytes * rate), rate, nic_share)
-        labels = merges[min(start + step, len(values)) - 1][1]
-        for label in np.unique(labels):
-            inside = labels == label
-            if devices[inside].sum() >= fewest:
-                cases.append(SyncCase(floor, tuple(inside.tolist())))
+        end = min(start + step, len(values))
+        floor = at_least(values[start])
+        beyond = at_least(values[end]) if end < len(values) else floor
+        labels = merges[end - 1][1]
+        islands = [labels == label for label in np.unique(labels)]
+        large = [island for island in islands if devices[island].sum() >= fewest]
+        for sites in (tuple(island.tolist()) for island in large):
+            cases.append(SyncCase(floor, sites, beyond))
+            if len(large) > 1:
+                cases.append(SyncCase(floor, sites, floor, leaves=True))
     return cases
 
 
 def group_floor(
     table: LinkTable, mode: GradientSyncName, members: tuple[int, int], size_bytes: float
-) -> tuple[float, float]:
-    """What a group of ``size_bytes`` takes wherever it is, and its share on a private NIC."""
+) -> float:
+    """Seconds that a group of ``size_bytes`` takes wherever it is."""
     floors = [c.floor for c in sync_cases(table, mode, members, size_bytes)]
     seconds = (f.latency_s + size_bytes * f.seconds_per_byte for f in floors)
-    return min(seconds, default=0.0), _nic_share(mode, members[0])
+    return min(seconds, default=0.0)
 
 
 def components(cost: Floats) -> list[tuple[float, Ints]]:
@@ -160,10 +175,6 @@ def _factors(mode: GradientSyncName, fewest: int, most: int) -> tuple[float, flo
     if mode == "allreduce":
         return 2.0 * (fewest - 1), 2.0 * (fewest - 1) / fewest
     return 1.0, 1.0
-
-
-def _nic_share(mode: GradientSyncName, fewest: int) -> float:
-    return 0.0 if mode == "central_ps" or fewest < 2 else 2 * (fewest - 1) / fewest
 
 
 def _pairs(

@@ -9,6 +9,8 @@ construction cuts each island into pipelines in one of two ways::
                                                             other: syncs are short, hops long
 
 Islands of every size lie between the two: pipelines along single regions, or across continents.
+Across, a node may hold one stage of all pipelines and have devices left; then those of all nodes
+may be further stages, anywhere between the others.
 """
 
 from __future__ import annotations
@@ -35,8 +37,6 @@ _ESTIMATED, _LEAST_ESTIMATED, _MOST_ESTIMATED = 300_000, 60, 1_500
 
 _SAMPLES = 6
 """Pipelines that an estimate looks at, over all islands; at least one of the largest ones."""
-
-_GRADIENT_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,45 @@ class Sketch:
             )
         return found, rest
 
+    def on_whole_nodes(self, node: Sequence[int]) -> Iterator[list[tuple[int, ...]]]:
+        """Pipelines across the islands with most stages on one node each, if some are left over.
+
+        Args:
+            node: of each device.
+        """
+        if not self.across:
+            return
+        islands = [
+            _whole_stages(island, depth, node)
+            for island, depth in zip(self.line, self.depths, strict=True)
+            if len(island) >= depth
+        ]
+        if not all(whole and others for whole, others in islands):
+            return
+        for place in range(max(len(whole) for whole, _ in islands) + 1):
+            found: list[tuple[int, ...]] = []
+            for whole, others in islands:
+                found += zip(*whole[:place], *others, *whole[place:], strict=True)
+            yield found
+
+
+def _whole_stages(
+    island: Sequence[int], depth: int, node: Sequence[int]
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """``depth`` stages: those on one node, and those of what the nodes have left, if that works."""
+    count = len(island) // depth
+    whole: list[tuple[int, ...]] = []
+    left: list[int] = []
+    for _, run in groupby(island, key=node.__getitem__):
+        here = tuple(run)
+        used = len(here) // count * count
+        whole += [here[i : i + count] for i in range(0, used, count)]
+        left += here[used:]
+    others = [tuple(left[i : i + count]) for i in range(0, len(left) - count + 1, count)]
+    if len(whole) + len(others) < depth:
+        return [], []
+    return whole[: depth - len(others)], others
+
 
 def sketches(
     evaluator: Evaluator,
@@ -139,12 +178,13 @@ def _spread(found: Sequence[Sketch], most: int) -> list[Sketch]:
 
 
 def candidates(problem: Problem, sketch: Sketch) -> Iterator[Candidate]:
-    """The plans of one sketch: with pipelines of what is left over, and without."""
+    """The plans of one sketch: with pipelines of what is left over, without, on whole nodes."""
     shape = Shape.of(problem)
     chains, rest = sketch.chains()
     depth = min(sketch.depths)
     more = [tuple(rest[p * depth : (p + 1) * depth]) for p in range(len(rest) // depth)]
-    for found in ([*chains, *more], chains) if more else (chains,):
+    on_nodes = sketch.on_whole_nodes(problem.table.node.tolist())
+    for found in (*([[*chains, *more]] if more else []), chains, *on_nodes):
         limited = _limited(problem, shape, found)
         if limited:
             yield tuple(Chain(c, shape.cut(i)) for i, c in enumerate(limited))
@@ -269,7 +309,7 @@ def _estimate_s(evaluator: Evaluator, sketch: Sketch) -> float:
         return compute_s
     ends = np.array([[chain[0], chain[-1]] for chain in samples])
     latency, per_byte = table.hops(ends[:, None, :], ends[None, :, :])
-    size = _GRADIENT_BYTES * total_parameters(problem.dims) / max(sketch.depths)
+    size = problem.gradient_bytes * total_parameters(problem.dims) / max(sketch.depths)
     nodes = table.node[np.array([d for i in sketch.line for d in i])]
     nic = np.bincount(nodes, minlength=len(table.nodes)) * table.out_seconds_per_byte
     crossing = len(np.unique(table.region[ends[:, 0]])) > 1

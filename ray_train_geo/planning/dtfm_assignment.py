@@ -96,9 +96,10 @@ def dtfm_assignment(
     coarse = search(relaxed, seed, moves // 2, deadline=deadline)
     start = _expanded(coarse, regions, problem.sizes)
     chosen = search(problem, seed, moves - moves // 2, [start], deadline)
+    sketched = sketch(problem, problem.cost_s(chosen), deadline) if _fits(problem) else None
+    if sketched is not None:
+        chosen = search(problem, seed, moves // 2, [sketched], deadline)
     bound_s, argument = _simple_bound(problem)
-    if not prove and _fits(problem):
-        chosen = sketch(problem, problem.cost_s(chosen), deadline) or chosen
     if prove and _fits(problem):
         found = minimum(problem, problem.cost_s(chosen), proof_effort, deadline)
         chosen = found.groups or chosen

@@ -80,11 +80,6 @@ class ClassProblem:
                 orbit.append(c)
         return tuple(map(tuple, orbits))
 
-    @property
-    def all_distinct(self) -> bool:
-        """Whether no two classes can take each other's place."""
-        return len(self.orbits) == len(self.sizes)
-
     def data_parallel_s(self, group: Group) -> float:
         """What the slowest device of ``group`` takes to exchange gradients with the others."""
         found = self._sync.get(group)

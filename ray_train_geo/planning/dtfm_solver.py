@@ -38,11 +38,13 @@ def run(
     effort: float,
     deadline: Callable[[], bool] | None,
     linearization: int = 1,
+    prove: bool = False,
 ) -> tuple[cp_model.CpSolver, str]:
     """Solve ``model`` in ``effort`` deterministic seconds at most.
 
     Args:
         linearization: how much of the model enters the linear relaxation, from 0 to 2.
+        prove: branch for the bound, and not for solutions.
 
     Returns:
         The solver, and the name of its status.
@@ -51,6 +53,7 @@ def run(
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = 0
     solver.parameters.linearization_level = linearization
+    solver.parameters.optimize_with_lb_tree_search = prove
     solver.parameters.max_deterministic_time = effort
     with _stopping(solver, deadline):
         return solver, solver.status_name(solver.solve(model))

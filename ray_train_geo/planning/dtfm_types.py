@@ -1,73 +1,134 @@
 """The kinds of groups that a limit on data parallelism leaves, and how far they are apart.
 
-A *type* says how many devices of each class a group has.  Where far devices can't share a group
+A *type* says how many devices of each site a group has.  Where far devices can't share a group
 there are few types, and a placement is a path over types with repeats::
 
-    classes a b c (2 devices of each), groups of 2, a and b close, c far
+    sites a b c (2 devices of each), groups of 2, a and b close, c far
     types:  aa  ab  bb  cc            not: ac  bc
     path:   ab  ab  cc
-
-Classes that can take each other's place (an *orbit*: equal nodes of a region) would give as many
-copies of a type; of these only the one whose counts fall within each orbit is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_train_geo.planning.dtfm_classes import ClassProblem, Group
+from ray_train_geo.planning.dtfm_classes import ClassProblem
+from ray_train_geo.planning.dtfm_sites import Site, Spread
 
-__all__ = ["as_group", "excess_between", "group_types"]
+__all__ = ["Types", "as_group", "excess_between", "group_types"]
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 _STEPS_PER_TYPE = 100
 """Enumeration gives up after this many steps for each type that it may find."""
+_MOST_SPREADS = 5000
+_SAME = 1e-12
+"""Costs that differ by a smaller part of them differ by rounding."""
 
 
-def as_group(counts: Sequence[int]) -> Group:
-    """The group that has ``counts[c]`` devices of class c."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Types:
+    """Types of groups within a limit on data parallelism.
+
+    Args:
+        counts: ``[types, sites]``; devices of each site.
+        elsewhere_s: ``[types, sites]``; what a device exchanges with those of other sites.
+        least_s: ``[types]``; data parallelism with the best spreads.
+        spreads: by site and count, fastest first.
+        high_s: the limit.
+    """
+
+    counts: Ints
+    elsewhere_s: Floats
+    least_s: Floats
+    spreads: dict[tuple[int, int], list[Spread]]
+    high_s: float
+
+    def data_parallel_s(self) -> Floats:
+        """All that a group of one of the types can take, ascending, without near equals."""
+        found = [np.array([])]
+        inside_s = {key: _exchanges(spreads) for key, spreads in self.spreads.items()}
+        for counts, elsewhere_s, least_s in zip(
+            self.counts.tolist(), self.elsewhere_s.tolist(), self.least_s.tolist(), strict=True
+        ):
+            for site, count in enumerate(counts):
+                if count:  # the slowest devices may be in this site, if others spread well
+                    slowest_s = elsewhere_s[site] + inside_s[site, count]
+                    found.append(slowest_s[(slowest_s >= least_s) & (slowest_s <= self.high_s)])
+        values = np.unique(np.concatenate(found))
+        apart = np.diff(values, prepend=-np.inf) > _SAME * values
+        return np.asarray(values[apart])
+
+
+def _exchanges(spreads: Sequence[Spread]) -> Floats:
+    return np.unique([spread.exchange_s for spread in spreads])
+
+
+def as_group(counts: Sequence[int]) -> tuple[int, ...]:
+    """The group that has ``counts[c]`` devices of c."""
     return tuple(c for c, count in enumerate(counts) for _ in range(count))
 
 
-def group_types(problem: ClassProblem, high_s: float, limit: int) -> Ints | None:
-    """``[types, classes]``: all types, up to orbits, whose data parallelism is within ``high_s``.
+def group_types(
+    problem: ClassProblem, sites: Sequence[Site], high_s: float, limit: int
+) -> Types | None:
+    """All types whose data parallelism is within ``high_s``.
 
     Returns:
         None if there are more than ``limit``.
     """
-    classes = len(problem.sizes)
-    before = {d: c for orbit in problem.orbits for c, d in pairwise(orbit)}
-    room_after = np.append(np.cumsum(problem.sizes[::-1])[::-1], 0)
-    own_s = np.diag(problem.sync_s)
-    found: list[list[int]] = []
-    # Depth first over the classes; a device more never makes an exchange cheaper, so prune early.
-    stack: list[tuple[list[int], int, Floats]] = [([], problem.replicas, np.zeros(classes))]
+    first = [site.classes[0] for site in sites]
+    between_s = problem.sync_s[np.ix_(first, first)].copy()
+    np.fill_diagonal(between_s, 0.0)
+    spreads: dict[tuple[int, int], list[Spread]] = {}
+    inside_s = np.full((len(sites), problem.replicas + 1), np.inf)
+    inside_s[:, 0] = -np.inf
+    for s, site in enumerate(sites):
+        for count in range(1, min(problem.replicas, site.devices) + 1):
+            found: list[Spread] = []
+            for spread in site.spreads(count, high_s):
+                found.append(spread)
+                if len(found) > _MOST_SPREADS:
+                    return None
+            if found:
+                found.sort(key=lambda spread: (spread.exchange_s, spread.parts))
+                spreads[s, count] = found
+                inside_s[s, count] = found[0].exchange_s
+    room_after = np.append(np.cumsum([site.devices for site in sites][::-1])[::-1], 0)
+    every = np.arange(len(sites))
+    found_counts: list[list[int]] = []
+    # Depth first over the sites; a device more never makes an exchange cheaper, so prune early.
+    stack: list[tuple[list[int], int, Floats]] = [([], problem.replicas, np.zeros(len(sites)))]
     steps = 0
     while stack:
         counts, left, exchange_s = stack.pop()
-        c = len(counts)
+        s = len(counts)
         if left == 0:
-            found.append(counts + [0] * (classes - c))
-        if len(found) > limit or steps > _STEPS_PER_TYPE * limit:
+            found_counts.append(counts + [0] * (len(sites) - s))
+        if len(found_counts) > limit or steps > _STEPS_PER_TYPE * limit:
             return None
-        if left == 0 or c == classes:
+        if left == 0 or s == len(sites):
             continue
-        most = min(left, problem.sizes[c], counts[before[c]] if c in before else left)
-        present = np.flatnonzero(counts)
-        for count in range(max(0, left - int(room_after[c + 1])), most + 1):
+        for count in range(max(0, left - int(room_after[s + 1])), left + 1):
             steps += 1
-            total_s = exchange_s + count * problem.sync_s[c]
-            inside = np.append(present, c) if count else present
-            if (total_s[inside] - own_s[inside] > high_s).any():
+            total_s = exchange_s + count * between_s[s]
+            if (total_s[: s + 1] + inside_s[every[: s + 1], [*counts, count]] > high_s).any():
                 break  # nor can there be more of it
             stack.append(([*counts, count], left - count, total_s))
-    return np.array(found, dtype=np.int64).reshape(-1, classes)
+    counts_of = np.array(found_counts, dtype=np.int64).reshape(-1, len(sites))
+    elsewhere_s = counts_of @ between_s
+    return Types(
+        counts=counts_of,
+        elsewhere_s=elsewhere_s,
+        least_s=(elsewhere_s + inside_s[every, counts_of]).max(axis=1, initial=-np.inf),
+        spreads=spreads,
+        high_s=high_s,
+    )
 
 
 def excess_between(problem: ClassProblem, types: Ints, most_s: float) -> Floats:

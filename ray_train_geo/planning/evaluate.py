@@ -11,12 +11,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from ray_train_geo.planning.cost import commit_s
 from ray_train_geo.planning.link_table import Floats, Ints, LinkTable
+from ray_train_geo.planning.local_cost import ended_s, step_groups
 from ray_train_geo.planning.microbatches import split_microbatches
 from ray_train_geo.planning.pipeline_cost import PipelineCost, pipeline_cost
 from ray_train_geo.planning.problem import Problem
-from ray_train_geo.planning.sync_cost import SyncGroups, sync_groups, synced_s
+from ray_train_geo.planning.sync_cost import SyncGroups, synced_s
 from ray_train_geo.spec import GradientSyncName
 
 __all__ = ["Candidate", "Chain", "Evaluation", "Evaluator", "objective_value"]
@@ -81,7 +81,7 @@ class Evaluator:
         self.problem = problem
         self._pipelines: dict[tuple[Chain, bool, int], PipelineCost | None] = {}
         self._alike: dict[tuple[object, ...], PipelineCost | None] = {}
-        self._groups: dict[tuple[tuple[int, ...], ...], list[SyncGroups]] = {}
+        self._groups: dict[tuple[object, ...], list[SyncGroups]] = {}
 
     def pipeline(self, chain: Chain, pipelines: int, microbatches: int) -> PipelineCost | None:
         """As :func:`pipeline_cost`, remembered."""
@@ -98,7 +98,7 @@ class Evaluator:
         kinds = tuple(problem.kinds[d] for d in devices)
         hops = tuple((problem.hop(a, b), problem.hop(b, a)) for a, b in pairwise(devices))
         shares: tuple[float, ...] = ()
-        if len(problem.options.codecs) > 1:
+        if len(problem.codecs) > 1:
             shares = tuple(
                 problem.busiest_seconds_per_byte(a, b, pipelines) for a, b in pairwise(devices)
             )
@@ -148,20 +148,20 @@ class Evaluator:
 
         makespans = self._makespans(pipelines, split)
         cuts = tuple(p.cut for p in pipelines)
-        if cuts not in self._groups:
-            self._groups[cuts] = sync_groups(problem.dims, cuts)
+        chains = tuple(p.devices for p in pipelines)
+        groups = self._step_groups(chains, cuts)
         members = np.array(devices)
         end = np.concatenate(
             [m - np.array(p.tail_s) for m, p in zip(makespans, pipelines, strict=True)]
         )
-        last_start = end - np.concatenate([p.times.backward_s for p in pipelines])
+        last_start = end - np.concatenate([p.times.last_s for p in pipelines])
         update = np.concatenate([p.update_s for p in pipelines])
-        commit = commit_s(members, problem.table)
 
+        bucket = job.parallelism.bucket_bytes
         best: tuple[float, Floats, GradientSyncName] | None = None
         for mode in modes or problem.modes:
-            done = synced_s(self._groups[cuts], mode, members, last_start, end, problem.table)
-            step_s = float((done + update).max()) + commit
+            done = synced_s(groups, mode, members, last_start, end, problem.table, bucket)
+            step_s = ended_s(problem, chains, cuts, done + update)
             if best is None or step_s < best[0] * (1 - 1e-9):
                 best = step_s, done, mode
         assert best is not None  # a job allows at least one mode
@@ -174,6 +174,16 @@ class Evaluator:
             step_s=best[0],
             value=objective_value(problem, best[0], devices),
         )
+
+    def _step_groups(
+        self, chains: tuple[tuple[int, ...], ...], cuts: tuple[tuple[int, ...], ...]
+    ) -> list[SyncGroups]:
+        """As :func:`step_groups`, remembered: only islands of regions depend on the devices."""
+        local_sgd = self.problem.job.local_sgd
+        where = chains if local_sgd is not None and local_sgd.across == "regions" else ()
+        if (cuts, where) not in self._groups:
+            self._groups[cuts, where] = step_groups(self.problem, chains, cuts)
+        return self._groups[cuts, where]
 
     def _split(self, pipelines: Sequence[PipelineCost], total: int) -> tuple[int, ...] | None:
         most = [p.most for p in pipelines] if self.problem.gpipe else None

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
+from typing import get_args
 
 from ray_train_geo.cluster.topology import (
     DEFAULT_LINK,
@@ -49,7 +50,7 @@ _MOST_PARTS, _FEWEST_PARTS = 16, 4
 _MANY_STAGES = 16_384
 """In all predictions of one kind: large plans try fewer parts."""
 
-_MODES: tuple[GradientSyncName, ...] = ("allreduce", "sharded_ps", "central_ps")
+_MODES: tuple[GradientSyncName, ...] = get_args(GradientSyncName)
 
 Pair = tuple[str, str]
 

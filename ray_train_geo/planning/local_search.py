@@ -200,7 +200,7 @@ def polish(
 
     Pipelines that are cut (or compressed) alike change together: one alone rarely helps.
     """
-    best = _drop_codecs(evaluator, start)
+    best = _drop_codecs(evaluator, _led_from_the_middle(evaluator, start))
     if Shape.of(evaluator.problem).cuts is not None:
         return best
     left = max(_LEAST_POLISHED, _POLISHED // len(best.synced_s))
@@ -216,6 +216,21 @@ def polish(
             if found is not None and found.rank < best.rank:
                 best, improved = found, True
                 break
+    return best
+
+
+def _led_from_the_middle(evaluator: Evaluator, start: Evaluation) -> Evaluation:
+    """With another pipeline first: from its first stage all others are told of every commit."""
+    problem = evaluator.problem
+    if problem.job.parallelism.microbatches or Shape.of(problem).cuts is not None:
+        return start  # what the job says of pipelines, it says in their order
+    sites = problem.table.site.tolist()
+    leaders = {sites[p.devices[0]]: i for i, p in reversed(list(enumerate(start.pipelines)))}
+    best, candidate = start, start.candidate
+    for i in sorted(leaders.values()):
+        found = evaluator((candidate[i], *candidate[:i], *candidate[i + 1 :]))
+        if found is not None and found.rank < best.rank:
+            best = found
     return best
 
 
@@ -235,7 +250,7 @@ def _shifts(plan: Evaluation) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]
 
 
 def _drop_codecs(evaluator: Evaluator, start: Evaluation) -> Evaluation:
-    allowed = evaluator.problem.options.codecs
+    allowed = evaluator.problem.codecs
     if len(allowed) == 1:
         return start
     best = start

@@ -9,9 +9,14 @@ Per parameter, in bytes (mixed precision as in Micikevicius et al., 2018; sums a
     gradients              4  4, and 2 as the backward pass makes them
     Adam's two moments     8  8
     snapshot            12 on a CPU: an asynchronous checkpoint copies weights and moments
+    residuals           8 where a gradient codec feeds back; 4 more in a snapshot
+    copies              48 on a CPU: two in-memory copies of its own state, and two of a peer's
+    local SGD           12: the state before the newest step; and 20 on a CPU: global parameters,
+                        outer momentum, and a merge's pseudogradients, messages and means
     ==================  ====  =========
 
-A GPU's snapshot is a copy in host memory, so it does not count against the device.
+What a GPU's worker has of these only on a CPU is in host memory: it does not count against the
+device.
 """
 
 from __future__ import annotations
@@ -22,13 +27,16 @@ from dataclasses import dataclass, fields
 
 from ray_train_geo.cluster.topology import Device
 from ray_train_geo.model.catalog import (
+    BYTES_PER_ELEMENT,
     ModelDims,
     boundary_bytes,
     embedding_activation_bytes,
     embedding_parameters,
     head_activation_bytes,
+    head_deferred_bytes,
     head_parameters,
     layer_activation_bytes,
+    layer_deferred_bytes,
     layer_parameters,
 )
 from ray_train_geo.spec import TrainingSpec
@@ -36,7 +44,7 @@ from ray_train_geo.spec import TrainingSpec
 __all__ = [
     "CPU_OVERHEAD_BYTES",
     "GPU_OVERHEAD_BYTES",
-    "STATE_BYTES_PER_PARAMETER",
+    "OUTER_STATE_BYTES_PER_PARAMETER",
     "MemoryEstimate",
     "is_cpu",
     "largest",
@@ -47,11 +55,24 @@ __all__ = [
 STATE_BYTES_PER_PARAMETER = 12
 """What a layer's state is: fp32 weights (master copies, at a lower precision) and two moments."""
 
+_RESIDUAL_BYTES = 8
+"""What error feedback keeps for each parameter: the residual, and the one after the next step."""
+
 CPU_OVERHEAD_BYTES = 300_000_000
 """A worker process with torch and Ray loaded and no model (measured: 180 MB PSS, plus buffers)."""
 
 GPU_OVERHEAD_BYTES = 1_500_000_000
 """CUDA context, cuBLAS workspace, NCCL buffers and the allocator's fragmentation."""
+
+_MEMORY_COPIES = 4
+"""States that a worker keeps: its own of two steps, for the newest may still be on its way to the
+peer, and as many of a peer's, which are taken to be as large (``training.copies``)."""
+
+OUTER_STATE_BYTES_PER_PARAMETER = 8
+"""Under local SGD, in host memory besides: the global parameters and their momentum."""
+
+_MERGE_BYTES_PER_PARAMETER = 12
+"""While everything is merged at once: pseudogradients, messages, means."""
 
 _CHANNEL_SENDS = 8
 """Sends that a channel between stages lets be under way (``limit`` of training.channel.Sender)."""
@@ -65,6 +86,8 @@ class MemoryEstimate:
     gradients: int
     optimizer: int
     snapshot: int
+    copies: int
+    local_sgd: int
     activations: int
     messages: int
     overhead: int
@@ -108,17 +131,28 @@ def stage_memory_bytes(
     in_flight: int,
     *,
     cpu: bool,
+    deferred: int = 0,
     sync_bucket_bytes: int = 0,
+    feeds_back: bool = False,
+    memory_copies: bool = False,
+    local_sgd: bool = False,
 ) -> MemoryEstimate:
     """Peak memory of the stage of ``layers`` (first, last exclusive).
 
     Args:
         in_flight: microbatches whose activations are held at once (1F1B: warmup + 1).
         cpu: the device's memory is host memory.
+        deferred: microbatches whose weight gradients are still to be computed, at once
+            (zero-bubble: the stage's ``deferred`` and the one whose backward has just ended).
         sync_bucket_bytes: largest message of the gradient sync; 0 where there is none.
+        feeds_back: gradients are summed by a codec with error feedback.
+        memory_copies: workers keep copies of the state, of their own and of peers on other nodes.
+        local_sgd: pipelines step alone.
 
     Activations are those of ``in_flight`` microbatches, and the working set of one backward: one
     layer's activations once more (recomputed, or as gradients) and the gradient of the logits.
+    What a deferred one holds is input and output gradient of each matrix, and on a first stage the
+    embedding's gradient.
     Messages, for each neighbour: sends under way (``in_flight``, and at least the 8 that a channel
     allows), receives posted ahead (``in_flight`` + 1), and the one in use; outputs kept for their
     backward; two buckets of the gradient sync.
@@ -139,16 +173,26 @@ def stage_memory_bytes(
         kept += head
         working += head
 
+    later = (layers[1] - layers[0]) * layer_deferred_bytes(dims, seq_len, microbatch, precision)
+    if first:
+        later += embedding_parameters(dims) * BYTES_PER_ELEMENT[precision]
+    if last:
+        later += head_deferred_bytes(dims, seq_len, microbatch, precision)
+
     queued = ((not first) + (not last)) * (max(in_flight, _CHANNEL_SENDS) + in_flight + 2)
     outputs = 0 if last else in_flight
+    snapshot = STATE_BYTES_PER_PARAMETER + (_RESIDUAL_BYTES // 2 if feeds_back else 0)
     message = boundary_bytes(dims, seq_len, microbatch, precision)
+    outer = OUTER_STATE_BYTES_PER_PARAMETER + _MERGE_BYTES_PER_PARAMETER
     messages = (queued + outputs) * message + 2 * min(sync_bucket_bytes, 4 * parameters)
     return MemoryEstimate(
         parameters=parameters * (4 if fp32 else 6),
-        gradients=parameters * (4 if fp32 else 6),
+        gradients=parameters * ((4 if fp32 else 6) + (_RESIDUAL_BYTES if feeds_back else 0)),
         optimizer=parameters * 8,
-        snapshot=parameters * STATE_BYTES_PER_PARAMETER if cpu else 0,
-        activations=in_flight * kept + working,
+        snapshot=parameters * snapshot if cpu else 0,
+        copies=parameters * STATE_BYTES_PER_PARAMETER * _MEMORY_COPIES * (cpu and memory_copies),
+        local_sgd=parameters * (STATE_BYTES_PER_PARAMETER + outer * cpu) * local_sgd,
+        activations=in_flight * kept + working + deferred * later,
         messages=messages,
         overhead=CPU_OVERHEAD_BYTES if cpu else GPU_OVERHEAD_BYTES,
     )

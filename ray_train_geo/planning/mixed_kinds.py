@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from ray_train_geo.errors import PlanError
 from ray_train_geo.planning.constructions import Shape
 from ray_train_geo.planning.evaluate import Candidate, Chain
-from ray_train_geo.planning.pipeline_mix import best_mix
 from ray_train_geo.planning.problem import Problem
 
 __all__ = ["mixed_kinds"]
@@ -35,6 +34,8 @@ def mixed_kinds(problem: Problem, usable: Sequence[int]) -> Iterator[Candidate]:
 
 def _chains(problem: Problem, devices: Sequence[int]) -> Candidate:
     """The best mix of ``devices`` alone; empty if the model does not fit them."""
+    from ray_train_geo.planning.pipeline_mix import best_mix  # OR-tools: slow to import
+
     chosen = problem.topology.with_devices(problem.topology.devices[d] for d in devices)
     part = Problem(chosen, problem.job, problem.dims, problem.options)
     try:

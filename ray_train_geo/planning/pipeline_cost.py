@@ -1,6 +1,6 @@
 """One pipeline's cost in closed form: fast enough to be asked thousands of times in a search.
 
-Whatever the schedule, a pipeline can't be faster than any of its parts.  With M microbatches,
+A pipeline can't be faster than any of its parts.  With M microbatches,
 forward ``F`` and backward ``B`` of each stage, and hops of ``x + l`` down and ``y + m`` up (time
 to put a message on the wire, and latency)::
 
@@ -12,6 +12,8 @@ to put a message on the wire, and latency)::
 
 1F1B with enough warmup reaches the largest of these within a few per cent (the event engine
 checks what is chosen); each is a line in M.  GPipe is a forward phase and then a backward phase.
+Under zero-bubble a backward that others wait for is B alone, a stage is busy with W, too, and those
+that it puts off take the place of the last sum.
 """
 
 from __future__ import annotations
@@ -28,10 +30,13 @@ from ray_train_geo.planning.microbatches import makespan_s
 from ray_train_geo.planning.problem import Problem
 from ray_train_geo.planning.warmup import StageTimes, choose_warmup
 from ray_train_geo.schedule.timeline import Hop
+from ray_train_geo.schedule.zero_bubble import deferred_weights
+from ray_train_geo.spec import ScheduleName
 
 __all__ = [
     "PipelineCost",
     "balanced_cut",
+    "choose_deferred",
     "codecs_for",
     "cut_for",
     "hop_and_stage_times",
@@ -52,10 +57,10 @@ class PipelineCost:
         devices: ``[stages]``; numbers in the problem's link table.
         cut: ``[stages + 1]``; layers.
         codecs, message_bytes: ``[stages - 1]``; of each hop.
-        warmup: ``[stages]``.
+        warmup, deferred: ``[stages]``.
         times: of one microbatch, codecs included.
         lines: the makespan, as ``microbatches.makespan_s`` reads it.
-        tail_s: ``[stages]``; from the end of a stage's last backward to the end of all.
+        tail_s: ``[stages]``; from the end of a stage's last action to the end of all.
         round_s: one microbatch alone, down and up.
         update_s: ``[stages]``; the optimizer's.
         most: microbatches that there is memory for.
@@ -65,6 +70,7 @@ class PipelineCost:
     cut: tuple[int, ...]
     codecs: tuple[str, ...]
     warmup: tuple[int, ...]
+    deferred: tuple[int, ...]
     times: StageTimes
     message_bytes: tuple[float, ...]
     lines: tuple[tuple[float, float], ...]
@@ -148,7 +154,7 @@ def codecs_for(
 
     What a hop shares with others counts as if all of them were as busy as it is.
     """
-    allowed = problem.options.codecs
+    allowed = problem.codecs
     if len(allowed) == 1:
         return allowed * (len(devices) - 1)
     elements, precision = problem.message_elements, problem.job.training.precision
@@ -168,9 +174,16 @@ def codecs_for(
 
 
 def stage_times(
-    problem: Problem, devices: Sequence[int], cut: Sequence[int], codecs: Sequence[str]
-) -> tuple[list[float], list[float]]:
-    """Forward and backward of one microbatch on each stage, in seconds, codecs included."""
+    problem: Problem,
+    devices: Sequence[int],
+    cut: Sequence[int],
+    codecs: Sequence[str],
+    schedule: ScheduleName,
+) -> tuple[list[float], list[float], list[float] | None]:
+    """Forward, backward, and W if it is apart, of one microbatch on each stage, in seconds.
+
+    Codecs are included.
+    """
     work = problem.work
     counts = [b - a for a, b in pairwise(cut)]
     forward = [n * work.layer[d][0] for n, d in zip(counts, devices, strict=True)]
@@ -190,7 +203,11 @@ def stage_times(
             )
             forward[stage] += seconds
             backward[stage] += seconds
-    return forward, backward
+    if schedule != "zero-bubble":
+        return forward, backward, None
+    weights = [n * work.layer_weights[d] for n, d in zip(counts, devices, strict=True)]
+    weights[-1] += work.head[devices[-1]][0]
+    return forward, [b - w for b, w in zip(backward, weights, strict=True)], weights
 
 
 def message_sizes(problem: Problem, codecs: Sequence[str]) -> tuple[float, ...]:
@@ -200,17 +217,41 @@ def message_sizes(problem: Problem, codecs: Sequence[str]) -> tuple[float, ...]:
 
 
 def hop_and_stage_times(
-    problem: Problem, devices: Sequence[int], cut: Sequence[int], codecs: Sequence[str]
+    problem: Problem,
+    devices: Sequence[int],
+    cut: Sequence[int],
+    codecs: Sequence[str],
+    schedule: ScheduleName,
 ) -> StageTimes:
     """A pipeline's times with NICs and uplinks to itself."""
-    forward, backward = stage_times(problem, devices, cut, codecs)
+    forward, backward, weights = stage_times(problem, devices, cut, codecs, schedule)
     down: list[Hop] = []
     up: list[Hop] = []
     for (a, b), size in zip(pairwise(devices), message_sizes(problem, codecs), strict=True):
         for hops, source, target in ((down, a, b), (up, b, a)):
             latency, per_byte = problem.hop(source, target)
             hops.append(Hop(latency, size * per_byte))
-    return StageTimes(tuple(forward), tuple(backward), tuple(down), tuple(up))
+    later = None if weights is None else tuple(weights)
+    return StageTimes(tuple(forward), tuple(backward), tuple(down), tuple(up), later)
+
+
+def choose_deferred(
+    problem: Problem,
+    devices: Sequence[int],
+    cut: Sequence[int],
+    times: StageTimes,
+    warmup: Sequence[int],
+    microbatches: int,
+    pipelines: int,
+) -> tuple[int, ...]:
+    """Of how many microbatches each stage puts off W, as far as memory allows beside the warmup."""
+    if times.weight_s is None:
+        return (0,) * len(devices)
+    room = [
+        problem.most_deferred(run, problem.topology.devices[d], w + 1, microbatches, pipelines)
+        for run, d, w in zip(pairwise(cut), devices, warmup, strict=True)
+    ]
+    return deferred_weights(times.tail_s, times.weight_s, room)
 
 
 def pipeline_cost(
@@ -237,10 +278,11 @@ def pipeline_cost(
             return None
     stages = len(devices)
     if codecs is None:
-        forward, backward = stage_times(problem, devices, cut, ("none",) * (stages - 1))
+        raw = ("none",) * (stages - 1)
+        forward, backward, _ = stage_times(problem, devices, cut, raw, "1f1b")
         period_s = max(f + b for f, b in zip(forward, backward, strict=True))
         codecs = codecs_for(problem, devices, period_s, pipelines)
-    times = hop_and_stage_times(problem, devices, cut, codecs)
+    times = hop_and_stage_times(problem, devices, cut, codecs, problem.schedules[0])
     room = [
         problem.most_in_flight(run, problem.topology.devices[d], microbatches, pipelines)
         for run, d in zip(pairwise(cut), devices, strict=True)
@@ -252,15 +294,21 @@ def pipeline_cost(
     else:
         extra = problem.job.parallelism.extra_warmup
         warmup = choose_warmup(times, microbatches, room, extra)
+    deferred = choose_deferred(problem, devices, cut, times, warmup, microbatches, pipelines)
+    tail_s = tuple(times.tail_s)
+    if times.weight_s is not None:
+        put_off = zip(tail_s, deferred, times.weight_s, strict=True)
+        tail_s = tuple(max(0.0, tail - later * w) for tail, later, w in put_off)
     return PipelineCost(
         devices=tuple(devices),
         cut=tuple(cut),
         codecs=tuple(codecs),
         warmup=warmup,
+        deferred=deferred,
         times=times,
         message_bytes=message_sizes(problem, codecs),
-        lines=_gpipe_lines(times) if problem.gpipe else _lines(times, warmup, microbatches),
-        tail_s=tuple(times.tail_s),
+        lines=_gpipe_lines(times) if problem.gpipe else _lines(times, tail_s, warmup, microbatches),
+        tail_s=tail_s,
         round_s=times.round_s,
         update_s=tuple(
             optimizer_s(stage_parameters(problem.dims, run), problem.topology.devices[d])
@@ -278,19 +326,14 @@ def _gpipe_lines(times: StageTimes) -> tuple[tuple[float, float], ...]:
 
 
 def _lines(
-    times: StageTimes, warmup: Sequence[int], microbatches: int
+    times: StageTimes, tail_s: Sequence[float], warmup: Sequence[int], microbatches: int
 ) -> tuple[tuple[float, float], ...]:
-    """The makespan's lines under 1F1B."""
+    """The makespan's lines under 1F1B and zero-bubble."""
     lines = {times.turns(warmup, microbatches)}
-    for head, tail, idle, f, b in zip(
-        times.head_s,
-        times.tail_s,
-        times.idle_s(warmup),
-        times.forward_s,
-        times.backward_s,
-        strict=True,
+    for head, tail, idle, work in zip(
+        times.head_s, tail_s, times.idle_s(warmup), times.work_s, strict=True
     ):
-        lines.add((head + tail + idle, f + b))
+        lines.add((head + tail + idle, work))
     for hop in (*times.down, *times.up):
         lines.add((times.round_s - hop.transfer_s, hop.transfer_s))
     # A line without slope is the round itself, which the last stage's line is never below.

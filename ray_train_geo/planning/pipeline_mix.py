@@ -73,12 +73,13 @@ def best_mix(problem: Problem) -> PipelineMix:
         PlanError: no chain of devices has memory for the model.
     """
     job, options = problem.job, problem.options
-    classes = DeviceClasses.of(problem)
+    classes = DeviceClasses.of(problem, largest_node=0)
     classes = classes.merged([0] * len(classes.count))
     shortest, longest = _periods(problem, classes)
     chains = _within_period(problem, classes, longest)
     limits = Limits(
         job.fixed_pipelines() or job.training.total_microbatches,
+        0,
         job.scaling.max_devices,
         options.max_dollars_per_hour,
     )

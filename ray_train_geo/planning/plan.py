@@ -24,10 +24,13 @@ class StagePlan:
 
     Args:
         layers: ``(first, last_exclusive)``, global layer ids.
-        warmup: forwards before the first backward of 1F1B (``microbatches`` for GPipe).
+        warmup: forwards before the first backward (``microbatches`` for GPipe).
         memory_bytes: predicted peak memory.
         codec: of the messages on the hop to the next stage, activations and their gradients alike
             (a name in ``planning.codecs``); meaningless on the last stage.
+        deferred: zero-bubble: microbatches whose weight gradients are put off at a time.
+        shard: under sharded PS, how much of a sum this device makes, relative to the other holders
+            of the same layers.
     """
 
     device: str
@@ -35,6 +38,8 @@ class StagePlan:
     warmup: int
     memory_bytes: int = 0
     codec: str = "none"
+    deferred: int = 0
+    shard: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +172,8 @@ class Plan:
                             "warmup": s.warmup,
                             "memory_bytes": s.memory_bytes,
                             "codec": s.codec,
+                            "deferred": s.deferred,
+                            "shard": s.shard,
                         }
                         for s in p.stages
                     ],
@@ -200,6 +207,8 @@ class Plan:
                             s["warmup"],
                             s["memory_bytes"],
                             s.get("codec", "none"),
+                            s.get("deferred", 0),
+                            s.get("shard", 1.0),
                         )
                         for s in p["stages"]
                     ),

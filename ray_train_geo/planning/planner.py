@@ -12,6 +12,7 @@ it finds depends on the problem, the seed and the moves alone, unless a deadline
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -21,10 +22,10 @@ from ray_train_geo.cluster.topology import Topology
 from ray_train_geo.cluster.validate_topology import validate_topology
 from ray_train_geo.planning.budget import Budget
 from ray_train_geo.planning.certify import Bound, dollars_bound, step_time_bound
+from ray_train_geo.planning.certify_modes import least_bound
 from ray_train_geo.planning.constructions import Shape, candidates, sketches
 from ray_train_geo.planning.cost import lower_bound_s
 from ray_train_geo.planning.draft import draft
-from ray_train_geo.planning.dtfm_plan import dtfm_plan
 from ray_train_geo.planning.evaluate import Candidate, Chain, Evaluation, Evaluator
 from ray_train_geo.planning.local_search import improve, polish
 from ray_train_geo.planning.mixed_kinds import mixed_kinds
@@ -50,7 +51,7 @@ _TO_CONSTRUCT, _TO_SEARCH, _TO_CERTIFY, _TO_PROVE = 0.4, 0.7, 0.8, 0.95
 """By which parts of the budget constructions, local search, the choice, and the bound are done."""
 
 _PATIENCE_S = 20.0
-"""For the bound, where there is no budget."""
+"""For the bound, of this process's own computing: others' load must not weaken a bound."""
 
 _PROMISING = 1.02
 """A sketch whose compute alone takes this much longer than the best plan is not looked at."""
@@ -82,6 +83,8 @@ def plan(
     validate_topology(topology)
     budget = budget or Budget()
     if problem.options.objective == "dtfm":
+        from ray_train_geo.planning.dtfm_plan import dtfm_plan  # OR-tools: slow to import
+
         found = dtfm_plan(problem, budget)
     else:
         found = search(problem, budget)
@@ -114,33 +117,39 @@ def search(problem: Problem, budget: Budget) -> Plan:
         better = improve(evaluator, start, sorted(usable - used), share, seed + i, over)
         finalists.append(polish(evaluator, better, over))
     finalists.sort(key=lambda e: e.rank)
-    best: Plan | None = None
+    best: tuple[Plan, Evaluation] | None = None
     for finalist in finalists[:_FINALISTS]:
         drafted = draft(problem, finalist)
-        if best is None or _rank(drafted) < _rank(best):
-            best = drafted
+        if best is None or _rank(drafted) < _rank(best[0]):
+            best = drafted, finalist
         if budget.spent(_TO_SEARCH):
             break
     assert best is not None  # there is at least one finalist
-    return best
+    if problem.gpipe or problem.job.parallelism.extra_warmup is not None:
+        return best[0]
+    return min(best[0], draft(problem, best[1], less_warmup=1), key=_rank)
 
 
 def _certified(problem: Problem, plan: Plan, budget: Budget) -> Plan:
     """``plan`` with the best bound there is time for."""
     assert plan.certificate is not None  # a draft has one, without a bound
-    modes, codecs = problem.modes, problem.options.codecs
+    codecs = problem.codecs
     if budget.spent(_TO_CERTIFY):
         bound = Bound(0.0, "no time was left for a bound")
         if problem.options.objective == "step-time":
             least_s = lower_bound_s(problem.dims, problem.job.training, problem.topology.devices)
             bound = Bound(least_s, "all devices compute all the time; weak: there was no time")
     elif problem.options.objective == "dollars":
-        bound = dollars_bound(problem, modes, codecs)
+        bound = least_bound(problem, lambda p, modes: dollars_bound(p, modes, codecs))
     else:
         # A bound that took longer would change no plan, only what is known of it.
-        patience = Budget(_PATIENCE_S)
-        bound = step_time_bound(
-            problem, modes, codecs, lambda: patience.spent() or budget.spent(_TO_PROVE)
+        patience = Budget(_PATIENCE_S, time.process_time)
+        value = plan.certificate.value
+        bound = least_bound(
+            problem,
+            lambda p, modes: step_time_bound(
+                p, modes, codecs, lambda: patience.spent() or budget.spent(_TO_PROVE), value
+            ),
         )
     value = plan.certificate.value
     certificate = replace(

@@ -9,27 +9,34 @@ from itertools import pairwise
 import numpy as np
 
 from ray_train_geo.cluster.topology import Topology
-from ray_train_geo.planning.cost import commit_s, optimizer_s
-from ray_train_geo.planning.link_table import LinkTable
+from ray_train_geo.planning.cost import optimizer_s
+from ray_train_geo.planning.link_table import Floats
+from ray_train_geo.planning.local_cost import ended_s, step_groups
 from ray_train_geo.planning.memory import stage_parameters
 from ray_train_geo.planning.pipeline_cost import message_sizes, stage_times
 from ray_train_geo.planning.plan import PipelinePlan, Plan
 from ray_train_geo.planning.problem import Problem
-from ray_train_geo.planning.sync_cost import sync_groups, synced_s
+from ray_train_geo.planning.shared_flows import SharedFlows
+from ray_train_geo.planning.sync_cost import synced_s
 from ray_train_geo.schedule.actions import Action
-from ray_train_geo.schedule.gpipe import gpipe
-from ray_train_geo.schedule.one_f_one_b import one_f_one_b
+from ray_train_geo.schedule.make import make_schedule
 from ray_train_geo.schedule.timeline import Timeline
 from ray_train_geo.simulation.engine import simulate
 from ray_train_geo.simulation.static_shares import shared_actions, with_static_shares
-from ray_train_geo.simulation.work import Flow, PipelineWork
+from ray_train_geo.simulation.work import PipelineWork
 from ray_train_geo.spec import GradientSyncName, JobSpec, ScheduleName
 
-__all__ = ["Prediction", "predict", "predict_plan"]
-
+__all__ = [
+    "Prediction",
+    "after_backwards",
+    "predict",
+    "predict_plan",
+    "resynced",
+    "shard_weights",
+]
 
 _MOST_SHARED_ACTIONS = 40_000
-"""Sharing NICs fairly takes some 50 to 100 us an action: 64 devices and 1,024 microbatches have
+"""Sharing NICs fairly takes some 15 to 45 us an action; 64 devices and 1,024 microbatches have
 16,000."""
 
 
@@ -38,7 +45,7 @@ class Prediction:
     """A predicted step, in seconds.
 
     Args:
-        timelines: of each pipeline, first forward to last backward.
+        timelines: of each pipeline, first forward to last action.
         synced_s: ``[pipelines][stages]``; when a stage has its summed gradients.
         step_s: all of it, optimizer and commit round included.
         static_shares: flows had constant shares of NICs and uplinks: the plan is too large to
@@ -82,55 +89,114 @@ def predict(
     table = problem.table
     chains = [[table.index[stage.device] for stage in p.stages] for p in pipelines]
     cuts = [(0, *(stage.layers[1] for stage in p.stages)) for p in pipelines]
-    resources = _Resources(table)
+    resources = SharedFlows(table)
     work = []
     schedules = _Schedules(schedule)
     for p, chain, cut in zip(pipelines, chains, cuts, strict=True):
         codecs = [stage.codec for stage in p.stages[:-1]]
-        forward, backward = stage_times(problem, chain, cut, codecs)
+        forward, backward, weights = stage_times(problem, chain, cut, codecs, schedule)
         hops = list(zip(pairwise(chain), message_sizes(problem, codecs), strict=True))
         work.append(
             PipelineWork(
-                schedules.of(tuple(s.warmup for s in p.stages), p.microbatches),
+                schedules.of(p),
                 tuple(forward),
                 tuple(backward),
                 tuple(resources.flow(a, b, size) for (a, b), size in hops),
                 tuple(resources.flow(b, a, size) for (a, b), size in hops),
+                weight_s=None if weights is None else tuple(weights),
             )
         )
     rates = resources.seconds_per_byte
     static = shared_actions(work, rates) > _MOST_SHARED_ACTIONS
     timelines = simulate(with_static_shares(work, rates), ()) if static else simulate(work, rates)
 
+    return _synced(problem, pipelines, gradient_sync, timelines, static)
+
+
+def resynced(
+    problem: Problem,
+    pipelines: Sequence[PipelinePlan],
+    gradient_sync: GradientSyncName,
+    prediction: Prediction,
+) -> Prediction:
+    """``prediction`` with gradients summed in another way, or with other shards.
+
+    Args:
+        pipelines: those of ``prediction``, but for shards.
+    """
+    timelines, static = prediction.timelines, prediction.static_shares
+    return _synced(problem, pipelines, gradient_sync, timelines, static)
+
+
+def _synced(
+    problem: Problem,
+    pipelines: Sequence[PipelinePlan],
+    gradient_sync: GradientSyncName,
+    timelines: tuple[Timeline, ...],
+    static: bool,
+) -> Prediction:
+    ends = [
+        [t.end_s(s) for s in range(len(p.stages))]
+        for t, p in zip(timelines, pipelines, strict=True)
+    ]
+    starts = [
+        [t.last_start_s(s) for s in range(len(p.stages))]
+        for t, p in zip(timelines, pipelines, strict=True)
+    ]
+    done, step_s = after_backwards(problem, pipelines, starts, ends, gradient_sync)
+    return Prediction(timelines, done, step_s, static)
+
+
+def after_backwards(
+    problem: Problem,
+    pipelines: Sequence[PipelinePlan],
+    last_start_s: Sequence[Sequence[float]],
+    end_s: Sequence[Sequence[float]],
+    gradient_sync: GradientSyncName,
+) -> tuple[tuple[tuple[float, ...], ...], float]:
+    """When each stage has its summed gradients, and when the step is committed, in seconds.
+
+    Neither falls when a time that is given grows.
+
+    Args:
+        last_start_s, end_s: ``[pipelines][stages]``; begin and end of a stage's last backward.
+    """
+    index = problem.table.index
+    chains = [[index[stage.device] for stage in p.stages] for p in pipelines]
+    cuts = [(0, *(stage.layers[1] for stage in p.stages)) for p in pipelines]
     devices = np.array([d for chain in chains for d in chain])
-    ends, starts = [], []
-    for t, chain in zip(timelines, chains, strict=True):
-        ends += [t.end_s(s) for s in range(len(chain))]
-        starts += [t.last_start_s(s) for s in range(len(chain))]
     done = synced_s(
-        sync_groups(problem.dims, cuts),
+        step_groups(problem, chains, cuts),
         gradient_sync,
         devices,
-        np.array(starts),
-        np.array(ends),
-        table,
+        np.concatenate([np.array(times) for times in last_start_s]),
+        np.concatenate([np.array(times) for times in end_s]),
+        problem.table,
+        problem.job.parallelism.bucket_bytes,
+        shard_weights(pipelines),
     ).tolist()
     stages = [
         (run, problem.topology.devices[d])
         for cut, chain in zip(cuts, chains, strict=True)
         for run, d in zip(pairwise(cut), chain, strict=True)
     ]
-    updated = max(
-        end + optimizer_s(stage_parameters(problem.dims, run), device)
-        for end, (run, device) in zip(done, stages, strict=True)
+    updated = np.array(
+        [
+            end + optimizer_s(stage_parameters(problem.dims, run), device)
+            for end, (run, device) in zip(done, stages, strict=True)
+        ]
     )
     offsets = np.cumsum([0, *map(len, chains)]).tolist()
-    return Prediction(
-        timelines,
+    return (
         tuple(tuple(done[a:b]) for a, b in pairwise(offsets)),
-        updated + commit_s(devices, table),
-        static,
+        ended_s(problem, chains, cuts, updated),
     )
+
+
+def shard_weights(pipelines: Sequence[PipelinePlan]) -> Floats | None:
+    """``[stages]``; of their shards in a sharded PS; None if all are alike."""
+    weights = np.array([stage.shard for p in pipelines for stage in p.stages])
+    return weights if (weights != weights[0]).any() else None
 
 
 class _Schedules:
@@ -138,42 +204,15 @@ class _Schedules:
 
     def __init__(self, schedule: ScheduleName) -> None:
         self._schedule = schedule
-        self._known: dict[tuple[tuple[int, ...], int], Sequence[Sequence[Action]]] = {}
+        self._known: dict[tuple[tuple[tuple[int, int], ...], int], Sequence[Sequence[Action]]] = {}
 
-    def of(self, warmup: tuple[int, ...], microbatches: int) -> Sequence[Sequence[Action]]:
-        key = warmup, microbatches
+    def of(self, pipeline: PipelinePlan) -> Sequence[Sequence[Action]]:
+        key = tuple((s.warmup, s.deferred) for s in pipeline.stages), pipeline.microbatches
         if key not in self._known:
-            gpipe_wanted = self._schedule == "gpipe"
-            self._known[key] = (
-                gpipe(len(warmup), microbatches) if gpipe_wanted else one_f_one_b(*key)
+            self._known[key] = make_schedule(
+                self._schedule,
+                [s.warmup for s in pipeline.stages],
+                [s.deferred for s in pipeline.stages],
+                pipeline.microbatches,
             )
         return self._known[key]
-
-
-class _Resources:
-    """Numbers for what flows share: each node's NIC, out and in, and each pair of regions."""
-
-    def __init__(self, table: LinkTable) -> None:
-        self._table = table
-        self._nodes = len(table.nodes)
-        self._regions = len(table.regions)
-        self.seconds_per_byte = [
-            *table.out_seconds_per_byte.tolist(),
-            *table.in_seconds_per_byte.tolist(),
-            *table.uplink_seconds_per_byte.ravel().tolist(),
-        ]
-
-    def flow(self, source: int, target: int, size_bytes: float) -> Flow:
-        """The flow of messages from one device to another."""
-        table = self._table
-        latency, per_byte = table.hop(source, target)
-        a, b = int(table.node[source]), int(table.node[target])
-        if a == b:
-            return Flow(latency, size_bytes, per_byte)
-        used = [a, self._nodes + b]
-        r, q = int(table.region[source]), int(table.region[target])
-        if r != q:
-            used.append(2 * self._nodes + r * self._regions + q)
-        return Flow(
-            latency, size_bytes, per_byte, tuple(u for u in used if self.seconds_per_byte[u] > 0)
-        )

@@ -14,18 +14,20 @@ import numpy as np
 from ray_train_geo.cluster.topology import Device, Topology
 from ray_train_geo.errors import PlanError
 from ray_train_geo.model.catalog import ModelDims
-from ray_train_geo.planning.codecs import wire_bytes
-from ray_train_geo.planning.cost import embedding_s, head_s, layer_s
+from ray_train_geo.planning.codecs import gradient_bytes, wire_bytes
+from ray_train_geo.planning.cost import StageWork
 from ray_train_geo.planning.link_table import LinkTable
 from ray_train_geo.planning.memory import MemoryEstimate, is_cpu, largest, stage_memory_bytes
 from ray_train_geo.planning.plan import Objective
-from ray_train_geo.spec import GradientSyncName, JobSpec
+from ray_train_geo.spec import GradientSyncName, JobSpec, ScheduleName
 
 __all__ = ["DoesNotFitError", "PlanOptions", "Problem"]
 
 _ALL_MODES: tuple[GradientSyncName, ...] = ("allreduce", "sharded_ps", "central_ps")
 
 
+_UNEQUAL_NICS = 1.25
+"""Measured rates differ by less by chance."""
 _MOVES_PER_DEVICE = 40
 _MOST_MOVES = 4000
 
@@ -44,8 +46,7 @@ class PlanOptions:
 
     Args:
         objective: what the search minimises.
-        codecs: those that a hop may use (``planning.codecs``); what carries the messages must know
-            them.
+        codecs: those that a hop may use (``planning.codecs``); those that the job allows if empty.
         moves: how many changes of a plan the local search tries; 0 leaves the best construction,
             None is as many as the number of devices asks for.
         seed: of the local search.
@@ -53,7 +54,7 @@ class PlanOptions:
     """
 
     objective: Objective = "step-time"
-    codecs: tuple[str, ...] = ("none",)
+    codecs: tuple[str, ...] = ()
     moves: int | None = None
     seed: int = 0
     max_dollars_per_hour: float | None = None
@@ -65,19 +66,24 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is planned.  Its devices are numbered in the topology's order, as in ``table``."""
+    """What is planned.  Its devices are numbered in the topology's order, as in ``table``.
+
+    Args:
+        gradient_part: of the gradients' bytes that count; bounds may have to look at less.
+    """
 
     topology: Topology
     job: JobSpec
     dims: ModelDims
     options: PlanOptions = PlanOptions()
-    _estimates: dict[tuple[int, bool, bool, int, bool, bool], MemoryEstimate] = field(
+    gradient_part: float = 1.0
+    _estimates: dict[tuple[int, bool, bool, int, bool, bool, int], MemoryEstimate] = field(
         default_factory=dict, repr=False
     )
     _most_layers: dict[tuple[bool, bool, int, bool, int, int, bool], int] = field(
         default_factory=dict, repr=False
     )
-    _in_flight: dict[tuple[int, bool, bool, bool, int, int, bool], int] = field(
+    _in_flight: dict[tuple[int, bool, bool, bool, int, int, bool, int], int] = field(
         default_factory=dict, repr=False
     )
 
@@ -95,6 +101,11 @@ class Problem:
         return cls(at_precision, job, job.dims(vocab_size), options or PlanOptions())
 
     @cached_property
+    def codecs(self) -> tuple[str, ...]:
+        """Those that a hop may use."""
+        return self.options.codecs or self.job.codecs.of_hops
+
+    @cached_property
     def devices(self) -> Mapping[str, Device]:
         return {device.id: device for device in self.topology.devices}
 
@@ -102,19 +113,70 @@ class Problem:
     def table(self) -> LinkTable:
         return LinkTable.of(self.topology)
 
+    @cached_property
+    def schedules(self) -> tuple[ScheduleName, ...]:
+        """Those that the job allows; the first is the one that the search is about."""
+        choice = self.job.parallelism.schedule
+        if choice != "auto":
+            return (choice,)
+        return ("1f1b",) if self.job.training.compile else ("1f1b", "zero-bubble")
+
     @property
     def gpipe(self) -> bool:
-        return self.job.parallelism.schedule == "gpipe"
+        return self.schedules[0] == "gpipe"
+
+    @property
+    def zero_bubble(self) -> bool:
+        """Whether the search is about backwards in two parts."""
+        return self.schedules[0] == "zero-bubble"
+
+    @property
+    def may_split(self) -> bool:
+        """Whether a plan may have backwards in two parts."""
+        return "zero-bubble" in self.schedules
 
     @cached_property
     def modes(self) -> tuple[GradientSyncName, ...]:
         """The gradient-sync modes that the job allows."""
         choice = self.job.parallelism.gradient_sync
-        return _ALL_MODES if choice == "auto" else (choice,)
+        if choice != "auto":
+            return (choice,)
+        # Encoded gradients are summed at one place each.
+        return _ALL_MODES if self.job.codecs.gradients == "none" else _ALL_MODES[1:]
+
+    @cached_property
+    def late_modes(self) -> tuple[GradientSyncName, ...]:
+        """Further modes that the job allows; the planner tries them on plans that are finished.
+
+        Sums of sites before those between them pay where what joins the sites is shared.
+        """
+        job = self.job
+        if job.parallelism.gradient_sync != "auto" or job.codecs.gradients == "powersgd":
+            return ()
+        shared = bool(self.table.uplink_seconds_per_byte.any())
+        return ("hierarchical", "tree") if shared else ("tree",)
+
+    @cached_property
+    def shards_by_speed(self) -> bool:
+        """Whether holders of a sharded PS may make unequal shards: where NICs are unequal."""
+        allowed = "sharded_ps" in self.modes and self.job.codecs.gradients != "powersgd"
+        nics = np.stack([self.table.out_seconds_per_byte, self.table.in_seconds_per_byte])
+        return allowed and bool((nics.max(axis=1) > _UNEQUAL_NICS * nics.min(axis=1)).any())
+
+    @cached_property
+    def gradient_bytes(self) -> float:
+        """Bytes of a message of the gradient sync for each gradient in it."""
+        return self.gradient_part * gradient_bytes(self.job.codecs, self.dims)
+
+    @cached_property
+    def _memory_copies(self) -> bool:
+        """Whether workers keep copies; that a plan may use one node alone is not looked at."""
+        nodes = {device.node for device in self.topology.devices}
+        return self.job.failure.memory_copies != 0 and len(nodes) > 1
 
     @cached_property
     def work(self) -> StageWork:
-        return StageWork.of(self)
+        return StageWork.of(self.dims, self.job.training, self.topology.devices)
 
     @cached_property
     def kinds(self) -> tuple[int, ...]:
@@ -155,7 +217,7 @@ class Problem:
     def message_bytes(self) -> float:
         """Bytes of one message with the smallest codec that may be used."""
         precision = self.job.training.precision
-        return min(wire_bytes(c, self.message_elements, precision) for c in self.options.codecs)
+        return min(wire_bytes(c, self.message_elements, precision) for c in self.codecs)
 
     @cached_property
     def _links(self) -> _Links:
@@ -183,13 +245,23 @@ class Problem:
         return max(alone, nics, uplink * pipelines)
 
     def memory(
-        self, layers: tuple[int, int], in_flight: int, device: Device, pipelines: int
+        self,
+        layers: tuple[int, int],
+        in_flight: int,
+        device: Device,
+        pipelines: int,
+        deferred: int | None = None,
     ) -> MemoryEstimate:
-        """What the stage of ``layers`` needs on ``device`` in a plan of ``pipelines``."""
+        """What the stage of ``layers`` needs on ``device`` in a plan of ``pipelines``.
+
+        Args:
+            deferred: as :func:`stage_memory_bytes`; by default the least that the schedule needs.
+        """
+        later = int(self.zero_bubble) if deferred is None else deferred
         first, last = layers[0] == 0, layers[1] == self.dims.layers
         # Gradients are exchanged among pipelines, and between two holders of a tied matrix.
         synced = pipelines > 1 or (self.dims.tied_embeddings and first != last)
-        key = layers[1] - layers[0], first, last, in_flight, is_cpu(device), synced
+        key = layers[1] - layers[0], first, last, in_flight, is_cpu(device), synced, later
         if key not in self._estimates:
             self._estimates[key] = stage_memory_bytes(
                 self.dims,
@@ -197,7 +269,11 @@ class Problem:
                 layers,
                 in_flight,
                 cpu=is_cpu(device),
+                deferred=later,
                 sync_bucket_bytes=self.job.parallelism.bucket_bytes if synced else 0,
+                feeds_back=synced and self.job.codecs.feeds_back,
+                memory_copies=self._memory_copies,
+                local_sgd=self.job.local_sgd is not None,
             )
         return self._estimates[key]
 
@@ -208,15 +284,17 @@ class Problem:
         chain: Sequence[Device],
         in_flight: Sequence[int],
         pipelines: int,
+        deferred: Sequence[int] | None = None,
     ) -> None:
-        """Check all stages of pipeline number ``pipeline``.
+        """Check all stages of pipeline number ``pipeline``; ``deferred`` as :meth:`memory`.
 
         Raises:
             DoesNotFitError: of the stage that is short of most.
         """
         short = []
         for s, (run, device, held) in enumerate(zip(layers, chain, in_flight, strict=True)):
-            needs = self.memory(run, held, device, pipelines)
+            later = None if deferred is None else deferred[s]
+            needs = self.memory(run, held, device, pipelines, later)
             short.append((needs.total - device.memory_bytes, -s, run, device, needs))
         missing, minus_s, run, device, needs = max(short, key=lambda x: x[:2])
         if missing > 0:
@@ -228,9 +306,19 @@ class Problem:
             )
 
     def most_in_flight(
-        self, layers: tuple[int, int], device: Device, most: int, pipelines: int
+        self,
+        layers: tuple[int, int],
+        device: Device,
+        most: int,
+        pipelines: int,
+        deferred: int | None = None,
     ) -> int:
-        """How many microbatches (up to ``most``) the stage can hold; 0 if it doesn't fit."""
+        """How many microbatches (up to ``most``) the stage can hold; 0 if it doesn't fit.
+
+        Args:
+            deferred: as :meth:`memory`.
+        """
+        later = int(self.zero_bubble) if deferred is None else deferred
         first, last = layers[0] == 0, layers[1] == self.dims.layers
         key = (
             layers[1] - layers[0],
@@ -240,14 +328,26 @@ class Problem:
             device.memory_bytes,
             most,
             pipelines > 1,
+            later,
         )
         if key not in self._in_flight:
             self._in_flight[key] = largest(
-                lambda held: self.memory(layers, held, device, pipelines).total,
+                lambda held: self.memory(layers, held, device, pipelines, later).total,
                 device.memory_bytes,
                 most,
             )
         return self._in_flight[key]
+
+    def most_deferred(
+        self, layers: tuple[int, int], device: Device, in_flight: int, most: int, pipelines: int
+    ) -> int:
+        """Of how many microbatches the stage can put off W, beside ``in_flight``; at least 0."""
+        room = largest(
+            lambda later: self.memory(layers, in_flight, device, pipelines, later).total,
+            device.memory_bytes,
+            most,
+        )
+        return max(0, room - 1)  # the one whose B has just ended is beside those
 
     def most_layers(
         self, stage: int, stages: int, in_flight: int, device: Device, pipelines: int
@@ -271,27 +371,6 @@ class Problem:
         layers = self.dims.layers
         runs = {(i, i + 1) for i in (0, layers // 2, layers - 1)}
         return any(self.most_in_flight(run, device, 1, 1) for run in runs)
-
-
-@dataclass(frozen=True, slots=True)
-class StageWork:
-    """Seconds of one microbatch on each device: a stage is so many layers, and perhaps the ends.
-
-    All are ``[devices]``: forward and backward of one layer, of the embedding, of the head.
-    """
-
-    layer: tuple[tuple[float, float], ...]
-    embedding: tuple[tuple[float, float], ...]
-    head: tuple[tuple[float, float], ...]
-
-    @classmethod
-    def of(cls, problem: Problem) -> StageWork:
-        dims, training, devices = problem.dims, problem.job.training, problem.topology.devices
-        return cls(
-            tuple(layer_s(dims, training, d) for d in devices),
-            tuple(embedding_s(dims, training, d) for d in devices),
-            tuple(head_s(dims, training, d) for d in devices),
-        )
 
 
 @dataclass(frozen=True, slots=True)

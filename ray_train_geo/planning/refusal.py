@@ -100,7 +100,7 @@ def _advice(problem: Problem) -> str:
         options.append(f"a smaller training.microbatch than {job.training.microbatch}")
     if not job.training.recompute:
         options.append("training.recompute: true")
-    if job.parallelism.schedule == "gpipe":
+    if job.parallelism.schedule in ("gpipe", "zero-bubble"):
         options.append("parallelism.schedule: 1f1b")
     options.append("devices with more memory")
     return f"Use {', or '.join(options)}."

@@ -282,7 +282,7 @@ class Repairer:
             for s in range(len(cost.devices)):
                 hops = (*times.down[max(0, s - 1) : s + 1], *times.up[max(0, s - 1) : s + 1])
                 sent_s = max((hop.latency_s + hop.transfer_s for hop in hops), default=0.0)
-                busy_s = times.forward_s[s] + times.backward_s[s] + sent_s
+                busy_s = times.work_s[s] + sent_s
                 order.append((-float(f"{busy_s:.9g}"), slot, s))
         return [(slot, s) for _, slot, s in sorted(order)]
 

@@ -137,7 +137,7 @@ def _chain(pipeline: PipelinePlan, problem: Problem) -> Chain:
     return Chain(
         tuple(problem.table.index[s.device] for s in stages),
         (0, *(s.layers[1] for s in stages)),
-        codecs if set(codecs) <= set(problem.options.codecs) else None,
+        codecs if set(codecs) <= set(problem.codecs) else None,
     )
 
 
@@ -151,8 +151,8 @@ def _in_force(old: Plan, problem: Problem, vocab_size: int) -> Plan | None:
     chains = tuple(_chain(p, problem) for p in old.pipelines)
     counts = [p.microbatches for p in old.pipelines]
     if (
-        old.schedule != job.parallelism.schedule
-        or old.gradient_sync not in problem.modes
+        old.schedule not in problem.schedules
+        or old.gradient_sync not in (*problem.modes, *problem.late_modes)
         or any(c.codecs is None for c in chains)
         or job.parallelism.microbatches not in (None, counts)
         or not allows(Shape.of(problem), chains)

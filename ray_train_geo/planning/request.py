@@ -28,7 +28,7 @@ from ray_train_geo.spec import (
     GradientSyncChoice,
     JobSpec,
     Precision,
-    ScheduleName,
+    ScheduleChoice,
     load_job,
     parse_job,
 )
@@ -80,10 +80,10 @@ def plan(
     recompute: bool | None = None,
     stages: int | None = None,
     replicas: int | None = None,
-    schedule: ScheduleName | None = None,
+    schedule: ScheduleChoice | None = None,
     gradient_sync: GradientSyncChoice | None = None,
     objective: Objective = "step-time",
-    codecs: Sequence[str] = ("none",),
+    codecs: Sequence[str] | None = None,
     max_dollars_per_hour: float | None = None,
     moves: int | None = None,
     seed: int = 0,
@@ -116,7 +116,8 @@ def plan(
         gradient_sync: how pipelines sum gradients.  Default: the fastest.
         objective: what is minimised: seconds of a step, dollars per million tokens, or DT-FM's
             cost.
-        codecs: those that a hop may use, of ``none``, ``bf16``, ``int8``, ``int4``.
+        codecs: those that a hop may use, of ``none``, ``bf16``, ``int8``, ``int4``.  Default: what
+            the job allows.
         max_dollars_per_hour: of all used devices together.
         moves: changes that the local search tries.  Default: as the number of devices asks for.
         seed: of the local search; the same seed and moves give the same plan.
@@ -159,7 +160,7 @@ def request(
     topology: Topology | str | Path | None = None,
     model: str | None = None,
     objective: Objective = "step-time",
-    codecs: Sequence[str] = ("none",),
+    codecs: Sequence[str] | None = None,
     max_dollars_per_hour: float | None = None,
     moves: int | None = None,
     seed: int = 0,
@@ -179,15 +180,16 @@ def request(
     """
     _check_numbers(max_dollars_per_hour, moves, seed, budget_s, vocab_size)
     _check_names("objective", [objective], get_args(Objective))
-    if isinstance(codecs, str) or not codecs:
-        raise SpecError(f"codecs: give a list of {', '.join(CODECS)}; not {codecs!r}")
-    _check_names("codec", codecs, CODECS)
+    if codecs is not None:
+        if isinstance(codecs, str) or not codecs:
+            raise SpecError(f"codecs: give a list of {', '.join(CODECS)}; not {codecs!r}")
+        _check_names("codec", codecs, CODECS)
     made = _job(job, model, overrides, fields)
     where = _topology(scenario, topology)
     _check_prices(where, objective, max_dollars_per_hour)
     options = PlanOptions(
         objective=objective,
-        codecs=tuple(dict.fromkeys(codecs)),
+        codecs=tuple(dict.fromkeys(codecs or ())),
         max_dollars_per_hour=max_dollars_per_hour,
         moves=moves,
         seed=seed,

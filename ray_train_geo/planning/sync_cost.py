@@ -11,8 +11,10 @@ A tied token matrix has a group of its own: the first and the last stage of ever
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,11 +25,14 @@ from ray_train_geo.model.catalog import (
     layer_parameters,
 )
 from ray_train_geo.planning.link_table import Floats, Ints, LinkTable
+from ray_train_geo.planning.route_cost import route_loads
+from ray_train_geo.planning.sync_routes import ROUTED
 from ray_train_geo.spec import GradientSyncName
 
 __all__ = ["SyncGroups", "sync_groups", "synced_s"]
 
-_GRADIENT_BYTES = 4  # gradients are summed in fp32 at every precision
+_RINGS_AT_ONCE = 2
+"""Collectives that gloo has under way on a group (measured)."""
 _ALL_PAIRS = 48
 """Groups up to this size look at all their pairs, larger ones at a few members of each site."""
 
@@ -45,11 +50,14 @@ class SyncGroups:
     members: Ints
 
 
-def sync_groups(dims: ModelDims, cuts: Sequence[Sequence[int]]) -> list[SyncGroups]:
+def sync_groups(
+    dims: ModelDims, cuts: Sequence[Sequence[int]], gradient_bytes: float = 4.0
+) -> list[SyncGroups]:
     """All groups of two or more members.
 
     Args:
         cuts: ``[pipelines][stages + 1]``; stage boundaries, in layers.
+        gradient_bytes: of one gradient in a message; without a codec fp32, at every precision.
     """
     tokens = dims.vocab_size * dims.dim if dims.tied_embeddings else 0
     offsets = np.cumsum([0, *(len(c) - 1 for c in cuts)])
@@ -61,13 +69,13 @@ def sync_groups(dims: ModelDims, cuts: Sequence[Sequence[int]]) -> list[SyncGrou
         parameters[-1] += head_parameters(dims)
         stages = {tuple(c): np.searchsorted(c, bounds[:-1], side="right") - 1 for c in cuts}
         members = np.stack([stages[tuple(c)] + o for c, o in zip(cuts, offsets, strict=False)], 1)
-        found.append(SyncGroups(_GRADIENT_BYTES * parameters.astype(float), members))
+        found.append(SyncGroups(gradient_bytes * parameters.astype(float), members))
     if tokens:
         firsts, lasts = offsets[:-1], offsets[1:] - 1
         # All first stages, then the last ones that are none: a ring passes between them twice.
         ends = np.concatenate([firsts, lasts[lasts != firsts]])
         if len(ends) > 1:
-            found.append(SyncGroups(np.array([_GRADIENT_BYTES * float(tokens)]), ends[None, :]))
+            found.append(SyncGroups(np.array([gradient_bytes * float(tokens)]), ends[None, :]))
     return found
 
 
@@ -78,6 +86,8 @@ def synced_s(
     last_start_s: Floats,
     end_s: Floats,
     table: LinkTable,
+    bucket_bytes: float = math.inf,
+    weights: Floats | None = None,
 ) -> Floats:
     """When each stage has all its summed gradients, in seconds from the start of the step.
 
@@ -88,30 +98,42 @@ def synced_s(
     Args:
         devices: ``[stages]``; each stage's device number in ``table``.
         last_start_s, end_s: ``[stages]``; begin and end of each stage's last backward.
+        bucket_bytes: what one collective sums at most.
+        weights: ``[stages]``; of their shards in a sharded PS; by default all alike.
 
     Returns:
         ``[stages]``
     """
     start, done, load = last_start_s.copy(), end_s.copy(), np.zeros(len(devices))
-    crossing: list[tuple[Floats, Ints, Floats]] = []
+    crossing: list[_Crossing] = []
     for g in groups:
         group_start = last_start_s[g.members].max(axis=1)
         group_end = end_s[g.members].max(axis=1)
-        own = _own_s(mode, g.size_bytes, devices[g.members], table)
+        rows, parts = devices[g.members], None
+        if mode in ROUTED or (mode == "sharded_ps" and weights is not None):
+            shares = None if weights is None else weights[g.members]
+            own, parts = route_loads(mode, g.size_bytes, rows, table, bucket_bytes, shares)
+        else:
+            own = _own_s(mode, g.size_bytes, rows, table, bucket_bytes)
         np.maximum.at(start, g.members, group_start[:, None])
         np.maximum.at(done, g.members, group_end[:, None])
         np.add.at(load, g.members, own[:, None])
-        crossing.append((g.size_bytes, devices[g.members], group_start))
+        crossing.append(_Crossing(g.size_bytes, rows, group_start, parts))
     done = np.maximum(done, start + load)
     return np.maximum(done, _shared_s(mode, crossing, table)[table.node[devices]])
 
 
-def _own_s(mode: GradientSyncName, size: Floats, members: Ints, table: LinkTable) -> Floats:
+def _own_s(
+    mode: GradientSyncName, size: Floats, members: Ints, table: LinkTable, bucket_bytes: float
+) -> Floats:
     """``[groups]``; each group's time if it had the network to itself (Thakur et al., 2005)."""
     n = members.shape[1]
     if mode == "allreduce":  # a ring: n - 1 steps to sum a shard each, n - 1 to spread the sums
         latency, per_byte = table.hops(members, np.roll(members, -1, axis=1))
-        steps: Floats = 2.0 * (n - 1) * (latency + (size / n)[:, None] * per_byte).max(axis=1)
+        # Every bucket is a ring of its own, whose latencies hide behind one other's.
+        rings = np.maximum(1.0, np.ceil(size / bucket_bytes) / _RINGS_AT_ONCE)[:, None]
+        each = rings * latency + (size / n)[:, None] * per_byte
+        steps: Floats = 2.0 * (n - 1) * each.max(axis=1)
         return steps
     if mode == "central_ps":  # everything to the first member, and the sum back
         root, others = members[:, :1], members[:, 1:]
@@ -152,9 +174,23 @@ def _representatives(members: Ints, table: LinkTable) -> Ints:
     return chosen
 
 
-def _shared_s(
-    mode: GradientSyncName, groups: Sequence[tuple[Floats, Ints, Floats]], table: LinkTable
-) -> Floats:
+class _Crossing(NamedTuple):
+    """Groups of equal size, and what they put on the network.
+
+    Args:
+        size: ``[groups]``
+        members: ``[groups, n]``; device numbers.
+        start: ``[groups]``
+        parts: ``[groups, n, n]``; where there is a route, what one member sends another.
+    """
+
+    size: Floats
+    members: Ints
+    start: Floats
+    parts: Floats | None
+
+
+def _shared_s(mode: GradientSyncName, groups: Sequence[_Crossing], table: LinkTable) -> Floats:
     """``[nodes]``; when a node's NICs, and the uplinks that are used, have carried everything.
 
     What shares a resource is not done before any moment plus all bytes of groups that start then
@@ -165,19 +201,27 @@ def _shared_s(
     loads: list[Floats] = []
     users: list[Ints] = []
     uplinks: list[tuple[float, Floats]] = []
-    for size, members, start in groups:
+    for size, members, start, parts in groups:
         node, region = table.node[members], table.region[members]
-        out, into = _nic_bytes(mode, size, node)
+        if parts is None:
+            out, into = _nic_bytes(mode, size, node)
+        else:
+            leaves = node[:, :, None] != node[:, None, :]
+            out = into = size[:, None] * (parts * leaves).sum(axis=2)
         busy_out = out * table.out_seconds_per_byte[node]
         busy_in = into * table.in_seconds_per_byte[node]
-        # A central server gets everything before it sends the sums.
-        central = mode == "central_ps"
-        busy = busy_out + busy_in if central else np.maximum(busy_out, busy_in)
+        # A central server, and a tree's root, get everything before they send the sums.
+        in_turn = mode in ("central_ps", "tree")
+        busy = busy_out + busy_in if in_turn else np.maximum(busy_out, busy_in)
         starts.append(np.broadcast_to(start[:, None], node.shape).ravel())
         loads.append(busy.ravel())
         users.append(node.ravel())
         if table.uplink_seconds_per_byte.any():
-            crossing = _region_bytes(mode, size, region, len(table.regions))
+            crossing = (
+                _region_bytes(mode, size, region, len(table.regions))
+                if parts is None
+                else _routed_region_bytes(size, parts, region, len(table.regions))
+            )
             seconds = (crossing * table.uplink_seconds_per_byte).reshape(len(size), -1)
             uplinks += zip(start.tolist(), seconds, strict=True)
     done = np.zeros(nodes)
@@ -236,5 +280,15 @@ def _region_bytes(mode: GradientSyncName, size: Floats, region: Ints, regions: i
         whole = np.broadcast_to(size[:, None], (groups, n - 1))
         for a, b in ((region[:, 1:], region[:, :1]), (region[:, :1], region[:, 1:])):
             np.add.at(between, (group, *np.broadcast_arrays(a, b)), whole)
+    between[:, range(regions), range(regions)] = 0.0
+    return between
+
+
+def _routed_region_bytes(size: Floats, parts: Floats, region: Ints, regions: int) -> Floats:
+    """``[groups, regions, regions]``; bytes between each two regions of groups with a route."""
+    between = np.zeros((len(size), regions, regions))
+    group = np.arange(len(size))[:, None, None]
+    carried = size[:, None, None] * parts
+    np.add.at(between, (group, region[:, :, None], region[:, None, :]), carried)
     between[:, range(regions), range(regions)] = 0.0
     return between

@@ -54,7 +54,12 @@ def validate_plan(plan: Plan, topology: Topology, job: JobSpec, vocab_size: int 
             raise PlanError(f"pipeline {i}: warmup grows along the pipeline, so it would deadlock")
         if plan.schedule == "gpipe":
             held = [pipeline.microbatches] * len(held)
+        later = [0] * len(held)
+        if plan.schedule == "zero-bubble":
+            later = [min(s.deferred + 1, pipeline.microbatches) for s in pipeline.stages]
+            if min(later) < 1:
+                raise PlanError(f"pipeline {i}: deferred must not be negative")
         chain = [problem.devices[stage.device] for stage in pipeline.stages]
-        problem.check_memory(i, ends, chain, held, len(plan.pipelines))
+        problem.check_memory(i, ends, chain, held, len(plan.pipelines), later)
     if first != total:
         raise PlanError(f"the plan has {first} microbatches, but a step has {total}")

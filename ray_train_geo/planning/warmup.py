@@ -1,4 +1,4 @@
-"""How many forwards each stage of a 1F1B pipeline runs before its first backward.
+"""How many forwards each stage of a pipeline runs before its first backward.
 
 Between a stage's first forward and its first backward lies the round trip of one microbatch
 through all that is below it; the stage fills that time with its warmup forwards, and is idle for
@@ -12,6 +12,9 @@ So a far pipeline wants more warmup than its steady state needs, and memory limi
 steady state the round trip between any two stages ``s < t`` must fit into ``w_s - w_t + 1``
 periods, because F and B take strict turns: warmup must fall along the pipeline, and by more over
 long hops.
+
+Where weight gradients are computed apart (zero-bubble), they fill the second wait, and only the
+first one asks for more warmup.
 """
 
 from __future__ import annotations
@@ -34,12 +37,31 @@ class StageTimes:
     Args:
         forward_s, backward_s: ``[stages]``.
         down, up: ``[stages - 1]``; hops of activations and of gradients.
+        weight_s: ``[stages]``; zero-bubble: of W, which a backward is then without.
     """
 
     forward_s: tuple[float, ...]
     backward_s: tuple[float, ...]
     down: tuple[Hop, ...]
     up: tuple[Hop, ...]
+    weight_s: tuple[float, ...] | None = None
+
+    @cached_property
+    def whole_backward_s(self) -> tuple[float, ...]:
+        """``[stages]``; B, and W if it is apart."""
+        if self.weight_s is None:
+            return self.backward_s
+        return tuple(b + w for b, w in zip(self.backward_s, self.weight_s, strict=True))
+
+    @property
+    def last_s(self) -> tuple[float, ...]:
+        """``[stages]``; a stage's last action, from whose start on its gradients are final."""
+        return self.backward_s if self.weight_s is None else self.weight_s
+
+    @cached_property
+    def work_s(self) -> list[float]:
+        """``[stages]``; all that a stage computes."""
+        return [f + b for f, b in zip(self.forward_s, self.whole_backward_s, strict=True)]
 
     @cached_property
     def head_s(self) -> list[float]:
@@ -88,9 +110,12 @@ class StageTimes:
         return list(zip(forward, backward, strict=True))
 
     def idle_s(self, warmup: Sequence[int]) -> list[float]:
-        """``[stages]``; what the warmup leaves of the round trips at the step's two ends."""
+        """``[stages]``; what the warmup leaves of the round trips at the step's two ends.
+
+        W, where it is apart, fills the second one.
+        """
         return [
-            max(0.0, below - w * f) + max(0.0, below - w * b)
+            max(0.0, below - w * f) + (max(0.0, below - w * b) if self.weight_s is None else 0.0)
             for below, w, (f, b) in zip(self.below_s, warmup, self.paces_s, strict=True)
         ]
 
@@ -139,7 +164,7 @@ def choose_warmup(
     ]
     free = [microbatches] * stages
     usual = warmup_forwards(
-        stages, microbatches, hop_s, times.forward_s, times.backward_s, free, extra
+        stages, microbatches, hop_s, times.forward_s, times.whole_backward_s, free, extra
     )
     wanted = usual if extra is not None else _lengthened(times, microbatches, usual)
     limit = microbatches - 1
@@ -153,13 +178,13 @@ def choose_warmup(
 def _lengthened(times: StageTimes, microbatches: int, usual: Sequence[int]) -> list[int]:
     """``usual``, with as much more as keeps stages from idling at the step's ends.
 
-    No stage needs to be faster than the slowest part of the pipeline.
+    No stage needs to be faster than the slowest part of the pipeline.  Where W is apart, it fills
+    the step's end and the way of the last gradients.
     """
+    split = times.weight_s is not None
     busy = [
-        head + tail + microbatches * (f + b)
-        for head, tail, f, b in zip(
-            times.head_s, times.tail_s, times.forward_s, times.backward_s, strict=True
-        )
+        head + (0.0 if split else tail) + microbatches * work
+        for head, tail, work in zip(times.head_s, times.tail_s, times.work_s, strict=True)
     ]
     slowest_hop = max((hop.transfer_s for hop in (*times.down, *times.up)), default=0.0)
     goal = max(*busy, times.round_s + (microbatches - 1) * slowest_hop)
@@ -168,8 +193,11 @@ def _lengthened(times: StageTimes, microbatches: int, usual: Sequence[int]) -> l
         wanted[s] = wanted[s + 1] + usual[s] - usual[s + 1]
         slack = goal - busy[s]
         f, b = paces[s]
+        if split:
+            if (idle := below[s] - slack) > 0 and f > 0:
+                wanted[s] = max(wanted[s], min(microbatches, math.ceil(idle / f - 1e-9)))
         # Idle time falls by F + B for each forward more, then by the smaller of the two.
-        if (both := 2 * below[s] - slack) > 0 and f + b > 0:
+        elif (both := 2 * below[s] - slack) > 0 and f + b > 0:
             needed = both / (f + b)
             if needed * max(f, b) > below[s] and min(f, b) > 0:
                 needed = (below[s] - slack) / min(f, b)

@@ -7,8 +7,9 @@ from typing import Literal
 
 __all__ = ["Action", "Kind"]
 
-Kind = Literal["F", "B"]
-"""F: forward of one microbatch. B: its whole backward (input and weight gradients)."""
+Kind = Literal["F", "B", "W"]
+"""F: forward of one microbatch. B: its backward; in a schedule with W, input gradients alone.
+W: its weight gradients."""
 
 
 @dataclass(frozen=True, slots=True)

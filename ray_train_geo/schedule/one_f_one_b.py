@@ -103,23 +103,29 @@ def warmup_forwards(
 def validate(actions: Sequence[Sequence[Action]]) -> None:
     """Check one pipeline's schedule: every F and B once on every stage, and no deadlock.
 
+    If there is any W, every W once, too, and after its B.
+
     Raises:
         ValueError: which stage misses or repeats what, or which stages wait for each other.
     """
     if not actions:
         raise ValueError("a schedule needs at least one stage")
-    microbatches = len(actions[0]) // 2
-    expected = {(kind, m) for kind in "FB" for m in range(microbatches)}
+    kinds = "FBW" if any(a.kind == "W" for todo in actions for a in todo) else "FB"
+    microbatches = len(actions[0]) // len(kinds)
+    expected = {(kind, m) for kind in kinds for m in range(microbatches)}
     for s, todo in enumerate(actions):
         given = [(a.kind, a.microbatch) for a in todo]
         if len(given) != len(expected) or set(given) != expected:
             missing = sorted(f"{k}{m}" for k, m in expected - set(given))
             raise ValueError(
-                f"stage {s}: every F and B of {microbatches} microbatches must occur once; "
-                f"{len(given)} actions, missing: {', '.join(missing) or 'none'}"
+                f"stage {s}: every {' and '.join(kinds)} of {microbatches} microbatches must occur "
+                f"once; {len(given)} actions, missing: {', '.join(missing) or 'none'}"
             )
-        # B after F on the same stage needs no check of its own: B waits for a gradient, which
-        # comes from this stage's own F through the stages below, so the wrong order is a deadlock.
+        for i, (kind, m) in enumerate(given):
+            if kind == "W" and ("B", m) not in given[:i]:
+                raise ValueError(f"stage {s}: W{m} needs B{m} before it")
+        # B after F needs no check of its own: B waits for a gradient, which comes from this
+        # stage's own F through the stages below, so the wrong order is a deadlock.
     hops = [Hop(0.0, 0.0)] * (len(actions) - 1)
     ones = [1.0] * len(actions)
-    timeline(actions, ones, ones, hops, hops)
+    timeline(actions, ones, ones, hops, hops, weight_s=ones)

@@ -1,7 +1,8 @@
 """What the stages of one pipeline do as messages reach them, whatever carries the messages.
 
 An action starts when its stage is free and its input has come: F needs the activations of the
-stage above, B the gradients of the stage below (on the last stage: its own F).
+stage above, B the gradients of the stage below (on the last stage: its own F).  W needs nothing
+but its own B, which comes before it in the stage's schedule.
 """
 
 from __future__ import annotations
@@ -15,14 +16,22 @@ __all__ = ["PipelineRun", "Wire"]
 
 
 class Wire(Protocol):
-    """What carries the messages of one directed hop, in the order in which they are sent."""
+    """What carries the messages of one directed hop, in the order in which they are sent.
+
+    Attributes:
+        latency_s: a message arrives that much after its last byte has left.
+    """
+
+    @property
+    def latency_s(self) -> float: ...
 
     def send(self, microbatch: int, ready_s: float) -> float | None:
         """Take a message that exists from ``ready_s`` on.
 
         Returns:
             When it arrives; None if that depends on what else happens: whoever made the wire
-            then calls :meth:`PipelineRun.deliver`.
+            then calls :meth:`PipelineRun.deliver`, and before it, where sends block,
+            :meth:`PipelineRun.resume`.
         """
 
 
@@ -39,6 +48,9 @@ class PipelineRun:
         forward_s, backward_s: ``[stages]``; seconds of one microbatch.
         down: ``[stages - 1]``; from stage ``s`` to ``s + 1``.
         up: ``[stages - 1]``; from stage ``s + 1`` to ``s``.
+        weight_s: ``[stages]``; as ``backward_s``, where weight gradients are actions of their own.
+        pace: ``[stages][any]``; each action takes that many times its stage's seconds.
+        blocking_sends: a stage does nothing until the message that it sends has left.
 
     Raises:
         ValueError: lengths that do not match, or a stage without actions.
@@ -51,18 +63,38 @@ class PipelineRun:
         backward_s: Sequence[float],
         down: Sequence[Wire],
         up: Sequence[Wire],
+        *,
+        weight_s: Sequence[float] | None = None,
+        pace: Sequence[Sequence[float]] | None = None,
+        blocking_sends: bool = False,
     ) -> None:
         stages = len(actions)
-        if not (stages == len(forward_s) == len(backward_s)) or not all(actions):
+        whole = [0.0] * stages if weight_s is None else weight_s
+        if not (stages == len(forward_s) == len(backward_s) == len(whole)) or not all(actions):
             raise ValueError(
-                f"forward_s, backward_s and actions are needed for all {stages} stages"
+                f"forward_s, backward_s (weight_s) and actions are needed for all {stages} stages"
             )
+        if weight_s is None and any(a.kind == "W" for todo in actions for a in todo):
+            raise ValueError("weight_s is needed: the schedule has weight gradients of their own")
         if not (stages - 1 == len(down) == len(up)):
             raise ValueError(f"{stages} stages have {stages - 1} hops in each direction")
+        if pace is not None and [len(p) for p in pace] != [len(todo) for todo in actions]:
+            raise ValueError("pace is needed for every action")
         count = 1 + max(a.microbatch for todo in actions for a in todo)
         self.actions = actions
-        self._forward_s, self._backward_s = forward_s, backward_s
+        self._compute_s = []
+        for todo, *each_s in zip(actions, forward_s, backward_s, whole, strict=True):
+            seconds_of = dict(zip("FBW", each_s, strict=True))
+            self._compute_s.append([seconds_of[a.kind] for a in todo])
+        if pace is not None:
+            self._compute_s = [
+                [seconds * factor for seconds, factor in zip(*both, strict=True)]
+                for both in zip(self._compute_s, pace, strict=True)
+            ]
         self._down, self._up = down, up
+        self._blocking_sends = blocking_sends
+        # When a stage can do its next action; None: not before its message has left.
+        self._free_s: list[float | None] = [0.0] * stages
         # When the input of F (of B) on a stage arrives; None: not known yet.
         self._activations: list[list[float | None]] = [[None] * count for _ in range(stages)]
         self._gradients: list[list[float | None]] = [[None] * count for _ in range(stages)]
@@ -80,6 +112,12 @@ class PipelineRun:
         inputs[stage][microbatch] = arrival_s
         self._run([stage])
 
+    def resume(self, stage: int, left_s: float) -> None:
+        """Let a stage go on if it waits for its message to leave."""
+        if self._free_s[stage] is None:
+            self._free_s[stage] = left_s
+            self._run([stage])
+
     def _run(self, stages: list[int]) -> None:
         # Whoever got a message is looked at (again).  The result does not depend on the order:
         # all messages of a hop are of one stage, in that stage's order.
@@ -91,36 +129,53 @@ class PipelineRun:
 
     def _run_stage(self, s: int) -> list[int]:
         """Run a stage until it waits; returns the stages that got a message."""
+        now = self._free_s[s]
+        if now is None:
+            return []
         todo, starts, ends = self.actions[s], self.starts_s[s], self.ends_s[s]
         activations, gradients = self._activations[s], self._gradients[s]
-        forward_s, backward_s = self._forward_s[s], self._backward_s[s]
+        compute_s, blocking = self._compute_s[s], self._blocking_sends
         last = s == len(self.actions) - 1
-        now = ends[-1] if ends else 0.0
-        sent_down = sent_up = False
+        sent_down = sent_up = waiting = False
         for i in range(len(ends), len(todo)):
             action = todo[i]
+            if action.kind == "W":
+                starts.append(now)
+                now += compute_s[i]
+                ends.append(now)
+                continue
             m = action.microbatch
             forward = action.kind == "F"
             needed = activations[m] if forward else gradients[m]
             if needed is None:
                 break
             start = needed if needed > now else now
-            now = start + (forward_s if forward else backward_s)
+            now = start + compute_s[i]
             starts.append(start)
             ends.append(now)
             if forward:
                 if last:
                     gradients[m] = now
                     continue
-                arrival = self._down[s].send(m, now)
+                wire = self._down[s]
+                arrival = wire.send(m, now)
                 if arrival is not None:
                     self._activations[s + 1][m] = arrival
                     sent_down = True
             elif s > 0:
-                arrival = self._up[s - 1].send(m, now)
+                wire = self._up[s - 1]
+                arrival = wire.send(m, now)
                 if arrival is not None:
                     self._gradients[s - 1][m] = arrival
                     sent_up = True
+            else:
+                continue
+            if blocking:
+                if arrival is None:
+                    waiting = True
+                    break
+                now = arrival - wire.latency_s
+        self._free_s[s] = None if waiting else now
         reached = []
         if sent_down:
             reached.append(s + 1)

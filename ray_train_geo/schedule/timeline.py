@@ -26,10 +26,15 @@ __all__ = ["Hop", "PrivateWire", "Span", "Timeline", "timeline"]
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """A directed hop, for messages of one size: time on the wire, and time to put one on it."""
+    """A directed hop, for messages of one size: time on the wire, and time to put one on it.
+
+    Args:
+        cold_s: what the slow start of its connection adds to the first message.
+    """
 
     latency_s: float
     transfer_s: float
+    cold_s: float = 0.0
 
 
 class Span(NamedTuple):
@@ -69,7 +74,7 @@ class Timeline:
 
     @property
     def makespan_s(self) -> float:
-        """From the first forward's start to the last backward's end, in seconds."""
+        """From the first forward's start to the end of the last action, in seconds."""
         return max(self.end_s(s) for s in range(len(self.actions)))
 
     def spans(self) -> Iterator[Span]:
@@ -83,19 +88,20 @@ class Timeline:
         return self.ends_s[stage][-1]
 
     def last_start_s(self, stage: int) -> float:
-        """When ``stage`` begins its last action (a backward: gradients become final from here)."""
+        """When ``stage`` begins its last action: gradients become final from here."""
         return self.starts_s[stage][-1]
 
     def peak_in_flight(self, stage: int) -> int:
-        """Most microbatches whose activations ``stage`` holds at once."""
+        """Most microbatches that ``stage`` holds at once, from F until nothing of them is left."""
+        last = "W" if any(a.kind == "W" for a in self.actions[stage]) else "B"
         held = peak = 0
         for action in self.actions[stage]:
-            held += 1 if action.kind == "F" else -1
+            held += (action.kind == "F") - (action.kind == last)
             peak = max(peak, held)
         return peak
 
     def ascii(self, width: int = 100) -> str:
-        """A picture: a row a stage, digits forward, letters backward, dots idle.
+        """A picture: a row a stage, digits forward, letters backward, capitals W, dots idle.
 
         A column is ``makespan_s / width`` seconds and shows what runs at its middle; digits are
         the microbatch modulo 10, letters modulo 26.
@@ -116,23 +122,25 @@ class Timeline:
 def _symbol(action: Action) -> str:
     if action.kind == "F":
         return str(action.microbatch % 10)
-    return chr(ord("a") + action.microbatch % 26)
+    return chr(ord("a" if action.kind == "B" else "A") + action.microbatch % 26)
 
 
 class PrivateWire:
     """A wire that shares nothing: arrivals follow from what went before."""
 
-    __slots__ = ("_free_s", "_latency_s", "_transfer_s")
+    __slots__ = ("_cold_s", "_free_s", "_transfer_s", "latency_s")
 
     def __init__(self, hop: Hop) -> None:
-        self._latency_s = hop.latency_s
+        self.latency_s = hop.latency_s
         self._transfer_s = hop.transfer_s
+        self._cold_s = hop.cold_s  # of the next message
         self._free_s = 0.0  # when it can take the next message
 
     def send(self, microbatch: int, ready_s: float) -> float:
         start = ready_s if ready_s > self._free_s else self._free_s
-        self._free_s = start + self._transfer_s
-        return self._free_s + self._latency_s
+        self._free_s = start + self._transfer_s + self._cold_s
+        self._cold_s = 0.0
+        return self._free_s + self.latency_s
 
 
 def timeline(
@@ -141,6 +149,10 @@ def timeline(
     backward_s: Sequence[float],
     forward_hop: Sequence[Hop],
     backward_hop: Sequence[Hop],
+    *,
+    weight_s: Sequence[float] | None = None,
+    pace: Sequence[Sequence[float]] | None = None,
+    blocking_sends: bool = False,
 ) -> Timeline:
     """Simulate one step of one pipeline whose hops share nothing.
 
@@ -149,6 +161,7 @@ def timeline(
         forward_s, backward_s: ``[stages]``; seconds of one microbatch.
         forward_hop: ``[stages - 1]``; from stage ``s`` to ``s + 1``.
         backward_hop: ``[stages - 1]``; from stage ``s + 1`` to ``s``.
+        weight_s, pace, blocking_sends: as :class:`PipelineRun` has them.
 
     Raises:
         ValueError: lengths that do not match, a stage without actions, or a deadlock; then the
@@ -156,6 +169,15 @@ def timeline(
     """
     down = [PrivateWire(hop) for hop in forward_hop]
     up = [PrivateWire(hop) for hop in backward_hop]
-    run = PipelineRun(actions, forward_s, backward_s, down, up)
+    run = PipelineRun(
+        actions,
+        forward_s,
+        backward_s,
+        down,
+        up,
+        weight_s=weight_s,
+        pace=pace,
+        blocking_sends=blocking_sends,
+    )
     run.start()
     return Timeline.of(run)

@@ -32,3 +32,15 @@ def test_device():
     assert TOPOLOGY.device("c") is C
     with pytest.raises(KeyError):
         TOPOLOGY.device("z")
+
+
+def test_several_flows_have_several_windows_and_no_more_than_the_path() -> None:
+    link = Link(0.1, 1e8, window_bytes=5e6)
+    assert link.flow_bytes_per_s == pytest.approx(2.5e7)
+    assert link.striped(2).flow_bytes_per_s == pytest.approx(5e7)
+    assert link.striped(8).flows == 4
+    assert link.striped(8).flow_bytes_per_s == 1e8
+    assert Link(0.1, 1e8).striped(8).flows == 1, "nothing holds the one flow up"
+    assert (
+        Topology((), region_links={("a", "b"): link}).striped(3).region_links["a", "b"].flows == 3
+    )

@@ -6,7 +6,7 @@ from ray_train_geo.cluster.topology import Device, Link, Topology
 from ray_train_geo.planning.problem import PlanOptions, Problem
 from ray_train_geo.spec import JobSpec, parse_job
 
-__all__ = ["job", "problem", "regions"]
+__all__ = ["NEAR", "job", "problem", "regions"]
 
 
 def job(model="gpt3-small", batch=64, training=None, **parallelism) -> JobSpec:

@@ -2,63 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations, pairwise, permutations, product
 
 import numpy as np
 import pytest
+from certify_cases import (
+    CODECS,
+    MODES,
+    SCHEDULES,
+    machines,
+    pipelines_of,
+    plans,
+    problem,
+    topologies,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_train_geo.cluster.topology import Device, Link, Topology, Uplink
+from ray_train_geo.cluster.topology import Device, Link, Topology
 from ray_train_geo.errors import PlanError
 from ray_train_geo.planning.certify import dollars_bound, step_time_bound
+from ray_train_geo.planning.certify_chains import Chains, DeviceClasses
+from ray_train_geo.planning.certify_cuts import layer_sync_s, least_s, region_cuts
+from ray_train_geo.planning.certify_nics import busiest_nic_s, node_share
+from ray_train_geo.planning.certify_packing import Limits, can_reach, pack
 from ray_train_geo.planning.certify_sync import components
-from ray_train_geo.planning.plan import PipelinePlan, StagePlan
 from ray_train_geo.planning.predict import predict
-from ray_train_geo.planning.problem import Problem
-from ray_train_geo.spec import parse_job
-
-MODES = ("allreduce", "sharded_ps", "central_ps")
-CODECS = ("none", "bf16", "int8", "int4")
-
-
-def problem(topology, *, layers=4, parallelism=None, scaling=None, tied=True, **training):
-    job = parse_job(
-        {
-            "model": {"layers": layers, "dim": 64, "heads": 4, "tied_embeddings": tied},
-            "data": {"path": "python://stdlib"},
-            "training": {"steps": 1, "global_batch": 8, "seq_len": 64} | training,
-            "parallelism": parallelism or {},
-            "scaling": scaling or {},
-        }
-    )
-    return Problem.of(topology, job, 257)
-
-
-def machines(count, *, per_node=1, regions=1, **changes):
-    return tuple(
-        Device(
-            f"n{i // per_node}/{i % per_node}",
-            f"n{i // per_node}",
-            region=f"r{i // per_node % regions}",
-            **({"price_per_hour": 1.0} | changes),
-        )
-        for i in range(count)
-    )
-
-
-def pipelines_of(chains, cuts, microbatches, warmups, codecs):
-    plans, first = [], 0
-    for chain, cut, count, warmup, names in zip(
-        chains, cuts, microbatches, warmups, codecs, strict=True
-    ):
-        stages = tuple(
-            StagePlan(d.id, (cut[s], cut[s + 1]), warmup[s], codec=names[s])
-            for s, d in enumerate(chain)
-        )
-        plans.append(PipelinePlan(stages, count, first))
-        first += count
-    return plans
+from ray_train_geo.planning.problem import PlanOptions, Problem
+from ray_train_geo.planning.sync_cost import _nic_bytes
 
 
 def dollars(p, plans, step_s):
@@ -67,61 +39,8 @@ def dollars(p, plans, step_s):
     return sum(d.price_per_hour for d in used) / 3600 * step_s / (tokens / 1e6)
 
 
-@st.composite
-def topologies(draw):
-    regions = draw(st.integers(1, 3))
-    devices, nodes = [], draw(st.integers(1, 4))
-    for n in range(nodes):
-        for i in range(draw(st.integers(1, 3))):
-            flops, price = draw(st.sampled_from([(2e10, 1.0), (5e10, 3.0), (8e9, 0.2)]))
-            region = f"r{n % regions}"
-            devices.append(
-                Device(f"n{n}/{i}", f"n{n}", region, flops_per_s=flops, price_per_hour=price)
-            )
-    links = st.builds(
-        Link,
-        latency_s=st.sampled_from([0.0, 1e-3, 2e-2]),
-        bandwidth_bytes_per_s=st.sampled_from([1e6, 2e7, 1e9]),
-        window_bytes=st.sampled_from([1e5, float("inf")]),
-    )
-    names = [f"r{r}" for r in range(regions)]
-    by_node = {}
-    if draw(st.booleans()) and nodes > 1:
-        by_node = {("n0", "n1"): draw(links), ("n1", "n0"): draw(links)}
-    nic = {"n0": Uplink(draw(st.sampled_from([1e6, 1e8])), 2e7)} if draw(st.booleans()) else {}
-    return Topology(
-        tuple(devices),
-        node_links=by_node,
-        region_links={pair: draw(links) for pair in product(names, names)},
-        node_uplinks=nic,
-    )
-
-
-@st.composite
-def plans(draw, p):
-    layers, total = p.dims.layers, p.job.training.total_microbatches
-    left = draw(st.permutations(p.topology.devices))
-    chains = []
-    while left and len(chains) < total and (not chains or draw(st.booleans())):
-        depth = draw(st.integers(1, min(layers, len(left))))
-        chains.append(left[:depth])
-        left = left[depth:]
-    cuts = []
-    for chain in chains:
-        inner = draw(st.permutations(range(1, layers)))[: len(chain) - 1]
-        cuts.append((0, *sorted(inner), layers))
-    more = draw(st.permutations(range(1, total)))[: len(chains) - 1]
-    counts = np.diff([0, *sorted(more), total]).tolist()
-    warmups = [
-        sorted((draw(st.integers(0, m - 1)) for _ in chain), reverse=True)
-        for chain, m in zip(chains, counts, strict=True)
-    ]
-    codecs = [[draw(st.sampled_from(CODECS)) for _ in chain] for chain in chains]
-    return pipelines_of(chains, cuts, counts, warmups, codecs)
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.data(), st.sampled_from(["1f1b", "gpipe"]), st.booleans())
+@settings(max_examples=6, deadline=None)
+@given(st.data(), st.sampled_from([*SCHEDULES, "auto"]), st.booleans())
 def test_no_random_plan_beats_the_bounds(data, schedule, tied):
     p = problem(data.draw(topologies()), tied=tied, parallelism={"schedule": schedule})
     time_s = step_time_bound(p, MODES, CODECS).value
@@ -129,10 +48,35 @@ def test_no_random_plan_beats_the_bounds(data, schedule, tied):
     assert time_s > 0
     for _ in range(3):
         plan = data.draw(plans(p))
-        for mode in MODES:
-            step_s = predict(p, plan, schedule, mode).step_s
+        for mode, used in product(MODES, p.schedules):
+            step_s = predict(p, plan, used, mode).step_s
             assert step_s >= time_s * (1 - 1e-9)
             assert dollars(p, plan, step_s) >= price * (1 - 1e-9)
+
+
+def only_as_much_memory_as(p, plan, schedule):
+    """``p`` on devices that hold what ``plan`` gives them, and not a byte more."""
+    needed = {}
+    for pipeline in plan:
+        for stage in pipeline.stages:
+            held = pipeline.microbatches if schedule == "gpipe" else stage.warmup + 1
+            later = stage.deferred + 1 if schedule == "zero-bubble" else 0
+            device = p.devices[stage.device]
+            found = p.memory(stage.layers, held, device, len(plan), later)
+            needed[stage.device] = found.total
+    devices = [replace(d, memory_bytes=needed.get(d.id, 1)) for d in p.topology.devices]
+    return Problem.of(p.topology.with_devices(devices), p.job, 257)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.data(), st.sampled_from(SCHEDULES))
+def test_a_plan_that_fills_all_memory_does_not_beat_the_bound(data, schedule):
+    ample = problem(data.draw(topologies()), parallelism={"schedule": schedule})
+    plan = data.draw(plans(ample))
+    scarce = only_as_much_memory_as(ample, plan, schedule)
+    mode = data.draw(st.sampled_from(MODES))
+    step_s = predict(ample, plan, schedule, mode).step_s
+    assert step_s >= step_time_bound(scarce, [mode], CODECS).value * (1 - 1e-9)
 
 
 def all_plans(p):
@@ -197,6 +141,28 @@ def test_what_the_job_fixes_makes_the_bound_larger():
     assert bound(scaling={"max_devices": 3}) > 1.9 * free
 
 
+@pytest.mark.parametrize(("least", "worth"), [(0, 20), (2, 20), (3, 12), (4, 4), (5, 0)])
+def test_no_fewer_pipelines_than_there_must_be(least, worth):
+    """On four devices: a pipeline of one is worth 1, and one of two is worth 10."""
+    classes = DeviceClasses.of(problem(Topology(machines(4))))
+    one = np.array([[1], [0]])
+    chains = Chains(2, first=one, inner=0 * one[:, None], last=one[:, None], only=2 - 2 * one)
+    limits = Limits(pipelines=8, least_pipelines=least)
+    values = np.array([10.0, 1.0])
+    assert not can_reach(worth + 0.1, values, chains, classes, limits)
+    assert max(0.0, pack(values, chains, classes, limits).bound) == pytest.approx(worth)
+    assert not worth or can_reach(worth, values, chains, classes, limits)
+
+
+def test_few_pipelines_on_many_devices():
+    """Where pipelines are what is short, devices cost nothing at the margin."""
+    classes = DeviceClasses.of(problem(Topology(machines(40))))
+    one = np.array([[1], [0]])
+    chains = Chains(2, first=one, inner=0 * one[:, None], last=one[:, None], only=2 - 2 * one)
+    found = pack(np.array([10.0, 1.0]), chains, classes, Limits(pipelines=3))
+    assert found.bound == pytest.approx(30.0)
+
+
 def test_far_away_regions_cost_sync_or_time():
     near, far = Link(1e-4, 1e9), Link(0.1, 1e6)
     devices = machines(4, regions=2)
@@ -210,9 +176,98 @@ def test_far_away_regions_cost_sync_or_time():
     assert bound(apart) > 1.1 * bound(links)
 
 
+def two_regions(uplink_bytes_per_s):
+    fast = Link(1e-4, 1e9)
+    names = ["r0", "r1"]
+    uplinks = dict.fromkeys(permutations(names, 2), uplink_bytes_per_s)
+    return Topology(
+        machines(6, regions=2),
+        region_links=dict.fromkeys(product(names, names), fast),
+        region_uplinks=uplinks,
+    )
+
+
+def test_a_slow_uplink_leaves_one_side_at_most_its_own_work():
+    def bound(rate):
+        return step_time_bound(problem(two_regions(rate), global_batch=64), MODES, ["none"]).value
+
+    both = bound(1e9)
+    assert 1.9 * both < bound(1e3)
+    assert both < bound(3e5) < bound(1e5) < bound(1e3)
+
+
+def test_of_a_cut_all_messages_or_one_side_or_something_between():
+    p = problem(two_regions(1e6), global_batch=64)
+    classes = DeviceClasses.of(p)
+    cut, other = region_cuts(p.table, classes)
+    assert cut == other  # two equal regions
+    assert cut.seconds_per_byte == pytest.approx(1e-6)
+    everything_s = 64 * p.message_bytes * cut.seconds_per_byte
+    head = classes.head_s[0].sum() / classes.layer_s[0].sum()
+    one_side_s = 64 * (4 + head) / cut.inside
+    # Free sync and cheap messages: nothing but the messages counts, or the devices.
+    free = least_s(p, cut, classes, p.message_bytes, 0.0)
+    assert free <= min(everything_s, one_side_s)
+    assert least_s(p, cut, classes, 1e6 * p.message_bytes, 1e6) == pytest.approx(one_side_s, 1e-3)
+    assert free <= least_s(p, cut, classes, p.message_bytes, one_side_s / 10) <= one_side_s
+    assert layer_sync_s(p, cut, "allreduce", 1) == 0.0
+    ring, central = (layer_sync_s(p, cut, mode, 4) for mode in ("allreduce", "central_ps"))
+    assert ring == pytest.approx(1.5 * central)
+
+
+def carried(mode, size, nodes):
+    """Seconds at a byte a second that planning.sync_cost gives each node; central: both ways."""
+    node = np.array([nodes])
+    out, into = (load[0] * size for load in _nic_bytes(mode, np.ones(1), node))
+    parts = (out + into) / 2 if mode == "central_ps" else np.maximum(out, into)
+    return np.bincount(nodes, parts, minlength=4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_nic_carries_less_than_its_share(mode):
+    """Of every placement of two first and two last stages on four nodes of three."""
+    table = problem(Topology(machines(12, per_node=3))).table
+    nic = table.out_seconds_per_byte[0] * (2 if mode == "central_ps" else 1)
+    share = float(node_share(mode, 4, np.array(3)))
+    busiest = []
+    for nodes in product(range(4), repeat=4):
+        if max(map(nodes.count, nodes)) > 3:
+            continue
+        tokens, first = carried(mode, 1.0, nodes), carried(mode, 0.3, nodes[:2])
+        assert tokens[list(nodes)].min() >= share - 1e-9
+        busiest.append((tokens + first).max() * nic)
+    least_s = busiest_nic_s(table, mode, 2, 4, 1.0, 0.3)
+    tight = 0.99 if mode == "sharded_ps" else 0.8
+    assert tight * min(busiest) <= least_s <= min(busiest) * (1 + 1e-9)
+    assert busiest_nic_s(table, mode, 2, 3, 1.0, 0.3) == 0.0
+
+
+def test_a_stage_with_memory_for_one_microbatch_waits_for_its_way_back():
+    """Two stages, of which the first holds one microbatch: none of their computing overlaps."""
+    ample = problem(Topology(machines(2)), global_batch=64, parallelism={"stages": 2})
+    needed = ample.memory((0, 2), 1, ample.topology.devices[0], 1).total
+    scarce = problem(
+        Topology(machines(2, memory_bytes=needed)), global_batch=64, parallelism={"stages": 2}
+    )
+    (first, last) = scarce.topology.devices
+    assert scarce.most_in_flight((0, 2), first, 9, 1) == 1
+    plan = pipelines_of([(first, last)], [(0, 2, 4)], [64], [(0, 0)], [("none", "none")])
+    step_s = predict(scarce, plan, "1f1b", "sharded_ps").step_s
+    bounds = [step_time_bound(p, ["sharded_ps"], ["none"]).value for p in (ample, scarce)]
+    assert 1.5 * bounds[0] < bounds[1] <= step_s
+    assert step_s < 1.05 * bounds[1]
+
+
 def test_too_little_memory_is_refused():
     with pytest.raises(PlanError, match="memory for the model"):
         step_time_bound(problem(Topology(machines(2, memory_bytes=1000))), MODES, ["none"])
+
+
+def test_limits_that_allow_no_plan_are_refused():
+    p = problem(Topology(machines(1)))
+    poor = replace(p, options=PlanOptions(max_dollars_per_hour=0.5))
+    with pytest.raises(PlanError, match="dollars per hour"):
+        step_time_bound(poor, MODES, ["none"])
 
 
 def test_the_argument_names_what_is_weak():

@@ -16,6 +16,18 @@ def test_along_and_across():
     assert across.chains() == ([(0, 2), (1, 3), (5, 6)], [4])
 
 
+def test_across_whole_nodes():
+    node = [d // 4 for d in range(12)]
+    across = Sketch((tuple(range(12)),), (4,), True, 0.0)
+    first, second, *more = across.on_whole_nodes(node)
+    assert first == [(3, 0, 4, 8), (7, 1, 5, 9), (11, 2, 6, 10)]
+    assert second == [(0, 3, 4, 8), (1, 7, 5, 9), (2, 11, 6, 10)]
+    assert len(more) == 2
+    fits = Sketch((tuple(range(12)),), (3,), True, 0.0)
+    along = Sketch((tuple(range(12)),), (4,), False, 0.0)
+    assert not [*fits.on_whole_nodes(node), *along.on_whole_nodes(node)]
+
+
 def test_left_over_devices_make_pipelines_of_their_own_or_none():
     here = problem(regions((3, 3)))
     sketch = Sketch(((0, 1, 2), (3, 4, 5)), (2, 2), False, 0.0)

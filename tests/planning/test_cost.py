@@ -10,7 +10,7 @@ from ray_train_geo.cluster.topology import Device, Link, Topology
 from ray_train_geo.model.catalog import CATALOG, head_flops, layer_flops, step_flops
 from ray_train_geo.planning.cost import (
     backward_s,
-    commit_s,
+    committed_s,
     forward_s,
     lower_bound_s,
     optimizer_s,
@@ -58,12 +58,19 @@ def test_an_update_is_bound_by_memory():
     assert optimizer_s(10**9, replace(DEVICES[0], type="A100")) == pytest.approx(0.028)
 
 
-def test_the_commit_round_is_the_longest_round_trip_to_rank_0():
+def test_a_step_is_committed_when_the_last_sums_are_at_rank_0():
     links = {("a", "b"): Link(0.1, 1e6), ("b", "a"): Link(0.3, 1e6)}
     table = LinkTable.of(Topology(DEVICES, region_links=links))
-    assert commit_s(np.array([0, 1, 2]), table) == pytest.approx(0.4)
-    assert commit_s(np.array([2, 3]), table) == pytest.approx(5e-4)
-    assert commit_s(np.array([2]), table) == 0.0
+
+    def committed(updated_s, workers, firsts):
+        return committed_s(np.array(updated_s), np.array(workers), np.array(firsts), table)
+
+    # One pipeline of devices 0, 1 in region a and 2 in b: only the sums' way back counts.
+    assert committed([5.0, 5.0, 5.0], [0, 1, 2], [0, 0, 0]) == pytest.approx(5.3)
+    assert committed([6.0, 5.0, 5.0], [0, 1, 2], [0, 0, 0]) == pytest.approx(6.0)
+    # A pipeline that starts in b begins when rank 0's word is there.
+    assert committed([5.0, 5.0], [0, 2], [0, 2]) == pytest.approx(0.1 + 5.0 + 0.3)
+    assert committed([5.0], [2], [2]) == 5.0
 
 
 def test_lower_bound():

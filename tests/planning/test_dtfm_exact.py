@@ -49,8 +49,34 @@ def problems(draw):
     return ClassProblem(stages, replicas, tuple(sizes), *matrices)
 
 
-@settings(max_examples=30)
-@given(problems())
+@st.composite
+def nodes_in_regions(draw):
+    """Nodes of a few sizes in up to three regions: sites of several classes, and families."""
+    stages, replicas = draw(st.sampled_from([(2, 2), (2, 3), (3, 2), (4, 1), (2, 4), (4, 2)]))
+    nodes = draw(st.lists(st.tuples(st.integers(0, 2), st.sampled_from([1, 2, 4])), max_size=4))
+    nodes.append((0, max(1, stages * replicas - sum(size for _, size in nodes))))
+    regions = np.array([region for region, _ in nodes])
+    random = np.random.default_rng(draw(st.integers(0, 1000)))
+    sizes = tuple(size for _, size in nodes)
+    matrices = []
+    for _ in range(2):
+        across = random.integers(4, 8, (3, 3)) / 3.0
+        np.fill_diagonal(across, random.integers(2, 4, 3) / 3.0)
+        costs = (across + across.T)[np.ix_(regions, regions)]
+        own = random.integers(1, 6, 3)[regions] / 3.0  # sometimes slower than between nodes
+        np.fill_diagonal(costs, np.where(np.array(sizes) > 1, own, 0.0))
+        matrices.append(costs)
+    return ClassProblem(stages, replicas, sizes, *matrices)
+
+
+def test_a_replica_alone_sums_nothing_and_still_has_a_best_path():
+    hop_s = np.array([[4, 8, 6, 4], [8, 0, 8, 5], [6, 8, 0, 3], [4, 5, 3, 6]]) / 7
+    problem = ClassProblem(4, 1, (2, 1, 1, 3), np.ones((4, 4)), hop_s)
+    assert minimum(problem, 11 / 7, effort=10.0).cost_s == pytest.approx(10 / 7)
+
+
+@settings(max_examples=40)
+@given(st.one_of(problems(), nodes_in_regions()))
 def test_the_minimum_is_that_of_all_placements(problem):
     best = min(map(problem.cost_s, all_placements(problem)))
     start = search(problem, seed=0, moves=20)

@@ -6,29 +6,44 @@ import numpy as np
 import pytest
 
 from ray_train_geo.planning.dtfm_classes import ClassProblem
+from ray_train_geo.planning.dtfm_sites import sites_of
 from ray_train_geo.planning.dtfm_types import as_group, excess_between, group_types
 
 NEAR, FAR = 1.0, 9.0
 COSTS = np.array([[NEAR, NEAR, FAR], [NEAR, NEAR, FAR], [FAR, FAR, NEAR]])
 
 
-def test_a_strict_limit_leaves_groups_of_close_classes_up_to_orbits():
+def test_a_strict_limit_leaves_groups_of_close_devices():
     problem = ClassProblem(3, 2, (2, 2, 2), COSTS, COSTS)
-    assert problem.orbits == ((0, 1), (2,))
-    types = group_types(problem, NEAR, limit=10)
+    types = group_types(problem, sites_of(problem), NEAR, limit=10)
     assert types is not None
-    assert sorted(map(as_group, types)) == [(0, 0), (0, 1), (2, 2)]  # (1, 1) is as (0, 0)
+    assert sorted(map(as_group, types.counts)) == [(0, 0), (1, 1)]  # classes 0 and 1 are one site
 
 
-def test_without_orbits_all_groups_within_the_limit_are_found():
+def test_where_all_sites_have_one_class_types_are_the_groups_within_the_limit():
     costs = np.add.outer([1.0, 2.0, 4.0], [1.0, 2.0, 4.0])
     problem = ClassProblem(2, 3, (3, 2, 2), costs, costs)
-    types = group_types(problem, 14.0, limit=100)
+    sites = sites_of(problem)
+    types = group_types(problem, sites, 14.0, limit=100)
     assert types is not None
     devices = [c for c, size in enumerate(problem.sizes) for _ in range(size)]
-    everything = set(combinations(devices, 3))
-    assert set(map(as_group, types)) == {g for g in everything if problem.data_parallel_s(g) <= 14}
-    assert group_types(problem, 14.0, limit=2) is None
+    everything = {g for g in combinations(devices, 3) if problem.data_parallel_s(g) <= 14}
+    assert set(map(as_group, types.counts)) == everything
+    assert types.data_parallel_s() == pytest.approx(
+        sorted({problem.data_parallel_s(g) for g in everything})
+    )
+    assert group_types(problem, sites, 14.0, limit=2) is None
+
+
+def test_values_of_data_parallelism_are_those_of_all_groups():
+    # Two nodes of a region, and one node elsewhere.
+    sync_s = np.array([[1.0, 3.0, 7.0], [3.0, 1.0, 7.0], [7.0, 7.0, 2.0]])
+    problem = ClassProblem(2, 3, (3, 2, 2), sync_s, sync_s)
+    types = group_types(problem, sites_of(problem), 100.0, limit=100)
+    assert types is not None
+    devices = [c for c, size in enumerate(problem.sizes) for _ in range(size)]
+    values = {problem.data_parallel_s(g) for g in combinations(devices, 3)}
+    assert set(types.data_parallel_s().tolist()) == values
 
 
 def test_hops_between_types_are_measured_from_the_fastest():

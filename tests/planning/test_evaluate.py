@@ -8,6 +8,7 @@ from search_cases import job, problem, regions
 from ray_train_geo.cluster.topology import Link
 from ray_train_geo.planning.draft import draft
 from ray_train_geo.planning.evaluate import Chain, Evaluator
+from ray_train_geo.spec import CodecSpec
 
 
 def chains(*devices):
@@ -74,3 +75,17 @@ def test_pipelines_alike_are_computed_once():
     assert found is not None
     assert [p.devices for p in found.pipelines] == [(0, 1), (2, 3), (4, 5)]
     assert len({p.lines for p in found.pipelines}) == 1
+
+
+def test_encoded_gradients_take_less_time_and_one_holder_a_sum():
+    far = Link(0.01, 1e8)
+    plain = job(batch=64)
+    coded = plain.model_copy(update={"codecs": CodecSpec(gradients="int8")})
+    steps = []
+    for asked in (plain, coded):
+        here = problem(regions((1, 1), far=far), asked)
+        found = Evaluator(here)((Chain((0,)), Chain((1,))))
+        assert found is not None
+        steps.append(found.step_s)
+    assert steps[1] < steps[0]
+    assert here.modes == ("sharded_ps", "central_ps")

@@ -164,7 +164,7 @@ def test_late_gradients_are_the_bottleneck_and_their_link_is_named() -> None:
     said = bottleneck(TWO_REGIONS, made)
     assert said.startswith("gradient sync is waited for")
     assert "slowest link, e0/0 -> w0/0 (east -> west)" in said or "w0/0 -> e0/0" in said
-    for mode in ("allreduce", "central_ps"):
+    for mode in ("allreduce", "central_ps", "hierarchical", "tree"):
         assert "slowest link" in bottleneck(TWO_REGIONS, replace(made, gradient_sync=mode))
     nics = replace(
         TWO_REGIONS,

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 
-from search_cases import job, problem, regions
+from search_cases import NEAR, job, problem, regions
 
 from ray_train_geo.cluster.topology import Link
 from ray_train_geo.planning.evaluate import Chain, Evaluator
@@ -55,3 +56,15 @@ def test_polish_moves_layers_and_drops_idle_codecs():
     found = polish(evaluate, bad)
     assert found.step_s < 0.7 * bad.step_s
     assert found.pipelines[0].codecs == ("none", "none")
+
+
+def test_all_are_led_from_the_middle():
+    far = {("a", "b"): Link(0.05, 1e8), ("b", "c"): Link(0.05, 1e8), ("a", "c"): Link(0.1, 1e8)}
+    both = far | {(b, a): link for (a, b), link in far.items()} | {(r, r): NEAR for r in "abc"}
+    topology = replace(regions([2, 2, 2]), region_links=both)
+    p = problem(topology, job(stages=2))
+    ends_first = Evaluator(p)(tuple(Chain((d, d + 1)) for d in (0, 2, 4)))
+    assert topology.devices[polish(Evaluator(p), ends_first).pipelines[0].devices[0]].region == "b"
+    fixed = problem(topology, job(stages=2, microbatches=[22, 21, 21]))
+    start = Evaluator(fixed)(tuple(Chain((d, d + 1)) for d in (0, 2, 4)))
+    assert polish(Evaluator(fixed), start).pipelines[0].devices[0] == 0

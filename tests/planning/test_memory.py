@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from search_cases import job
 
-from ray_train_geo.cluster.topology import Device
+from ray_train_geo.cluster.topology import Device, Topology
 from ray_train_geo.model.catalog import (
     CATALOG,
     boundary_bytes,
@@ -22,7 +23,8 @@ from ray_train_geo.planning.memory import (
     stage_memory_bytes,
     stage_parameters,
 )
-from ray_train_geo.spec import TrainingSpec
+from ray_train_geo.planning.problem import Problem
+from ray_train_geo.spec import FailureSpec, TrainingSpec
 
 TIED = CATALOG["gpt-tiny"]
 UNTIED = CATALOG["llama-tiny"]
@@ -61,6 +63,26 @@ def test_bytes_per_parameter(precision, cpu, weights, gradients, snapshot, overh
     assert e.total == sum(
         (e.parameters, e.gradients, e.optimizer, e.snapshot, e.activations, e.messages, overhead)
     )
+    copied = stage_memory_bytes(TIED, training, (1, 3), 1, cpu=cpu, memory_copies=True)
+    assert copied.copies == (4 * 12 * n if cpu else 0)
+    assert copied.total == e.total + copied.copies
+    alone = stage_memory_bytes(TIED, training, (1, 3), 1, cpu=cpu, local_sgd=True)
+    assert alone.local_sgd == (32 if cpu else 12) * n
+    assert alone.total == e.total + alone.local_sgd
+
+
+@pytest.mark.parametrize(
+    ("memory_copies", "nodes", "copied"), [("auto", 2, True), (0, 2, False), ("auto", 1, False)]
+)
+def test_copies_count_where_the_job_wants_them_and_there_is_another_node(
+    memory_copies, nodes, copied
+):
+    devices = [Device(f"d{i}", f"n{i % nodes}", type="cpu") for i in range(2)]
+    wish = job(model="gpt-tiny").model_copy(
+        update={"failure": FailureSpec(memory_copies=memory_copies)}
+    )
+    asked = Problem.of(Topology(tuple(devices)), wish, 257)
+    assert (asked.memory((0, 1), 1, devices[0], 1).copies > 0) == copied
 
 
 def test_activations_by_hand():

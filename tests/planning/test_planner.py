@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from ray_train_geo.planning.plan import Plan
 from ray_train_geo.planning.planner import plan
 from ray_train_geo.planning.predict import predict_plan
 from ray_train_geo.planning.validate import validate_plan
-from ray_train_geo.spec import JobSpec, parse_job
+from ray_train_geo.spec import GradientSyncName, JobSpec, parse_job
 
 MB = 10**6
 
@@ -155,6 +156,44 @@ def test_slow_hops_get_extra_warmup():
     assert more.predicted_step_s < usual.predicted_step_s
 
 
+def far(latency_s, **changes):
+    link = Link(latency_s, 1e9)
+    return Topology(machines(4, **changes), default_link=link)
+
+
+def test_zero_bubble_puts_weight_gradients_off_where_others_wait():
+    wish = {"stages": 4, "pipelines": 1}
+    usual = plan(far(0.005), job(wish, layers=8, global_batch=32))
+    split = plan(far(0.005), job(wish | {"schedule": "zero-bubble"}, layers=8, global_batch=32))
+    deferred = [s.deferred for s in split.pipelines[0].stages]
+    assert deferred[0] == 0
+    assert deferred == sorted(deferred)
+    assert deferred[-1] > 0
+    assert split.predicted_step_s < 0.9 * usual.predicted_step_s
+    assert split.certificate.lower_bound <= split.predicted_step_s
+
+
+def test_auto_is_the_faster_schedule_that_fits():
+    wish = {"layers": [2, 4, 6], "pipelines": 1}
+
+    def chosen(topology, schedule="auto", **training):
+        return plan(topology, job(wish | {"schedule": schedule}, layers=8, **training))
+
+    assert chosen(far(0.005)) == replace(
+        chosen(far(0.005), "zero-bubble"), certificate=chosen(far(0.005)).certificate
+    )
+    assert chosen(far(0.005), compile=True).schedule == "1f1b"
+    whole = chosen(far(0.005), "1f1b", recompute=True)
+    split = chosen(far(0.005), "zero-bubble", recompute=True)
+    needs = [[s.memory_bytes for s in p.pipelines[0].stages] for p in (whole, split)]
+    assert max(needs[0]) < max(needs[1])
+    tight = chosen(far(0.005, memory_bytes=max(needs[0])), recompute=True)
+    assert max(s.memory_bytes for s in tight.pipelines[0].stages) <= max(needs[0])
+    # One stage has nobody to wait for.
+    alone = plan(Topology(machines(1)), job({"schedule": "auto"}))
+    assert alone.schedule == "1f1b"
+
+
 def test_memory_limits_warmup_and_says_so():
     link = Link(0.5, 1e9)
     wish = job({"layers": [2], "pipelines": 1}, global_batch=64, microbatch=4)
@@ -169,6 +208,7 @@ def test_memory_limits_warmup_and_says_so():
         4,
         cpu=True,
         sync_bucket_bytes=wish.parallelism.bucket_bytes,
+        memory_copies=True,
     ).total
     assert room < wanted.memory_bytes
     tight = plan(Topology(machines(2, memory_bytes=room), node_links=links), wish)
@@ -277,9 +317,9 @@ def jobs(draw):
         {
             "pipelines": draw(st.none() | st.integers(1, min(3, total))),
             "stages": draw(st.none() | st.integers(1, min(3, layers))),
-            "schedule": draw(st.sampled_from(["gpipe", "1f1b"])),
+            "schedule": draw(st.sampled_from(["gpipe", "1f1b", "zero-bubble", "auto"])),
             "extra_warmup": draw(st.none() | st.integers(0, 3)),
-            "gradient_sync": draw(st.sampled_from(["allreduce", "sharded_ps", "central_ps"])),
+            "gradient_sync": draw(st.sampled_from(get_args(GradientSyncName))),
         },
         layers=layers,
         global_batch=total * microbatch,

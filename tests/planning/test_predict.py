@@ -69,13 +69,13 @@ def test_a_slow_pipeline_holds_up_the_others():
     assert prediction.step_s > prediction.makespan_s[1]
 
 
-def test_the_commit_round_costs_the_longest_round_trip():
+def test_the_commit_costs_the_way_of_the_last_sums_to_rank_0():
     untied = replace(DIMS, tied_embeddings=False)
     across = pipeline((0, (0, 2), 1), (2, (2, 4), 0))
     prediction = predict(across, dims=untied)
-    # Stage 0 ends last, by the 100 ms of the gradient's way up; then its update, then the round.
+    # Stage 0 ends last, by the 100 ms of the gradient's way up, and is rank 0 itself.
     update_s = optimizer_s(stage_parameters(untied, (0, 2)), DEVICES[0])
-    assert prediction.step_s == pytest.approx(prediction.makespan_s[0] + update_s + 0.1 + 0.1)
+    assert prediction.step_s == pytest.approx(prediction.makespan_s[0] + update_s)
 
 
 def both(a, b, link):

@@ -32,6 +32,7 @@ def job(parallelism=None, scaling=None, **training) -> JobSpec:
             | training,
             "parallelism": parallelism or {},
             "scaling": scaling or {},
+            "failure": {"memory_copies": 0},  # memory is for layers: what fits is easy to see
         }
     )
 

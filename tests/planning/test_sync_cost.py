@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -109,3 +110,23 @@ def test_one_pipeline_syncs_only_a_tied_matrix():
     assert tokens.members.tolist() == [[0, 1]]
     assert sync_groups(UNTIED, [(0, 2, 4)]) == []
     assert sync_groups(DIMS, [(0, 4)]) == []
+
+
+def test_every_bucket_of_a_ring_pays_its_latencies():
+    devices = np.array([0, 1, 2])
+    table = LinkTable.of(
+        Topology(
+            tuple(Device(id=f"{i}/0", node=str(i), region="r") for i in range(3)),
+            region_links={("r", "r"): Link(0.1, 1e6)},
+            node_uplinks={str(i): Uplink(1e12, 1e12) for i in range(3)},
+        )
+    )
+    group = SyncGroups(np.array([8e6]), np.array([[0, 1, 2]]))
+    zeros = np.zeros(3)
+
+    def done(bucket_bytes):
+        return synced_s([group], "allreduce", devices, zeros, zeros, table, bucket_bytes).max()
+
+    carried_s = 2 * 2 * 8 / 3
+    assert done(math.inf) == pytest.approx(carried_s + 4 * 0.1)
+    assert done(1e6) == pytest.approx(carried_s + 4 * 4 * 0.1)  # 8 rings, two at once

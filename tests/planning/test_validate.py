@@ -74,3 +74,16 @@ def test_memory_is_checked_at_the_plans_own_warmup():
         validate_plan(greedy, tight, JOB)
     with pytest.raises(PlanError, match="needs"):
         validate_plan(replace(GOOD, schedule="gpipe"), tight, JOB)
+
+
+def test_memory_counts_weight_gradients_that_are_put_off():
+    split = replace(GOOD, schedule="zero-bubble")
+    validate_plan(split, TOPOLOGY, JOB)
+    # A microbatch that waits for its W holds what one does that waits for its B, and no less.
+    whole = max(s.memory_bytes for p in GOOD.pipelines for s in p.stages)
+    tight = Topology(tuple(replace(d, memory_bytes=whole) for d in TOPOLOGY.devices))
+    with pytest.raises(PlanError, match=r"pipeline 0 stage . .* needs"):
+        validate_plan(split, tight, JOB)
+    late = with_stage(stage=1, deferred=-1)
+    with pytest.raises(PlanError, match="pipeline 0: deferred must not be negative"):
+        validate_plan(replace(late, schedule="zero-bubble"), TOPOLOGY, JOB)
