@@ -62,6 +62,20 @@ class Transport(Protocol):
     def all_gather(self, tensor: torch.Tensor, shards: Sequence[int]) -> Pending:
         """Start filling a flat ``tensor``: shard ``i`` of rank ``i`` goes to all, in place."""
 
+    def all_to_all(
+        self,
+        outgoing: torch.Tensor,
+        sent: Sequence[int],
+        incoming: torch.Tensor,
+        received: Sequence[int],
+    ) -> Pending:
+        """Start giving every rank a part of ``outgoing``, and getting one from each.
+
+        Part ``i`` of ``outgoing``, ``sent[i]`` elements long, goes to rank ``i``; part ``i`` of
+        ``incoming``, ``received[i]`` long, comes from it.  Both are flat; a part may be empty,
+        and one's own is left alone.
+        """
+
     def synchronize(self, timeout_s: float) -> None:
         """Wait on the host until all operations started so far are done.
 

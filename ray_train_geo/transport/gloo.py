@@ -21,8 +21,15 @@ import contextlib
 import os
 import re
 import socket
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Future,
+    InvalidStateError,
+    ThreadPoolExecutor,
+    wait,
+)
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import timedelta
 from typing import Any
@@ -31,6 +38,7 @@ import torch
 from torch.distributed import AllreduceOptions, PrefixStore, ProcessGroupGloo, Store
 
 from ray_train_geo.errors import AbortedError, DeadlineError, TransportError
+from ray_train_geo.transport import collectives
 from ray_train_geo.transport.base import Pending
 
 __all__ = ["GlooEndpoint", "GlooTransport"]
@@ -49,8 +57,8 @@ class GlooEndpoint:
     """
 
     def __init__(self, store: Store, hostname: str, deadline_s: float) -> None:
-        self.store = store
         self.deadline_s = deadline_s
+        self._store = store
         before = set(_sockets())
         self._device = _GROUP.create_device(hostname=hostname)
         self._listeners = {
@@ -59,11 +67,16 @@ class GlooEndpoint:
             if (address := _listening_address(fd)) is not None
         }
         self._peer_listeners: set[tuple[str, int]] = set()
-        self._aborted = False
+        self._aborting: Future[None] = Future()
 
     @property
     def aborted(self) -> bool:
-        return self._aborted
+        return self._aborting.done()
+
+    @property
+    def peers(self) -> set[str]:
+        """Addresses of all peers that have joined groups with this worker, and its own."""
+        return {host for host, _ in set(self._peer_listeners)}
 
     def connect(self, name: str, rank: int, size: int) -> GlooTransport:
         """Join the group ``name`` as ``rank`` of ``size``; returns when all have joined.
@@ -73,32 +86,50 @@ class GlooEndpoint:
             AbortedError: the endpoint was aborted.
             TransportError: a member can't be reached.
         """
-        if self._aborted:
+        if self.aborted:
             raise AbortedError(f"group {name}: this generation was aborted")
+        what = f"joining group {name} as rank {rank} of {size}"
+        joined: Future[Any] = Future()
+
+        def join() -> None:
+            try:
+                with _gloo_errors(self, what):
+                    joined.set_result(self._join(name, rank, size))
+            except BaseException as e:
+                joined.set_exception(e)
+
+        # Gloo and its store can't be told to stop waiting for a member that will never come.  A
+        # thread that is left behind by an abort ends at the deadline.
+        threading.Thread(target=join, name=f"join-{name}", daemon=True).start()
+        wait((joined, self._aborting), return_when=FIRST_COMPLETED)
+        if not joined.done():
+            raise AbortedError(f"{what}: this generation was aborted")
+        return GlooTransport(self, joined.result(), name, rank, size)
+
+    def _join(self, name: str, rank: int, size: int) -> Any:
         options = _GROUP._Options()
         options._timeout = timedelta(seconds=self.deadline_s)
         options._devices = [self._device]
         options._threads = 2
-        with _gloo_errors(self, f"joining group {name} as rank {rank} of {size}"):
-            self._exchange_listeners(name, rank, size)
-            group = _GROUP(PrefixStore(f"gloo/{name}", self.store), rank, size, options)
-        return GlooTransport(self, group, name, rank, size)
+        self._exchange_listeners(name, rank, size)
+        return _GROUP(PrefixStore(f"gloo/{name}", self._store), rank, size, options)
 
     def _exchange_listeners(self, name: str, rank: int, size: int) -> None:
         """Learn where the peers listen: their sockets are found by it on abort."""
-        store = PrefixStore(f"listeners/{name}", self.store)
+        store = PrefixStore(f"listeners/{name}", self._store)
         mine = ";".join(f"{host},{port}" for host, port in sorted(self._listeners))
         store.set(str(rank), mine)
         keys = [str(peer) for peer in range(size)]
         store.wait(keys, timedelta(seconds=self.deadline_s))
-        for key in keys:
-            for item in store.get(key).decode().split(";"):
+        for value in store.multi_get(keys):
+            for item in value.decode().split(";"):
                 host, _, port = item.rpartition(",")
                 self._peer_listeners.add((host, int(port)))
 
     def abort(self) -> None:
         """Break every group of this endpoint, here and at its peers; callable from any thread."""
-        self._aborted = True
+        with contextlib.suppress(InvalidStateError):  # it was aborted before
+            self._aborting.set_result(None)
         ports = {port for _, port in self._listeners}
         for fd in _sockets():
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:
@@ -163,6 +194,19 @@ class GlooTransport:
             )
         return self._track(self._all_gather(tensor, shards))
 
+    def all_to_all(
+        self,
+        outgoing: torch.Tensor,
+        sent: Sequence[int],
+        incoming: torch.Tensor,
+        received: Sequence[int],
+    ) -> Pending:
+        if outgoing.is_cuda:
+            return self._track(self._staged_all_to_all(outgoing, sent, incoming, received))
+        return self._track(
+            collectives.all_to_all(self._tagged(), outgoing, sent, incoming, received)
+        )
+
     def synchronize(self, timeout_s: float) -> None:
         unfinished, self._unfinished = self._unfinished, []
         for pending in unfinished:
@@ -215,43 +259,15 @@ class GlooTransport:
             work = self._open_group().allreduce([tensor], AllreduceOptions())
         return _Work(self._endpoint, work, tensor, what)
 
-    def _next_tag(self) -> int:
+    def _tagged(self) -> _Tagged:
         self._collectives += 1
-        return _POINT_TO_POINT_TAG + self._collectives
+        return _Tagged(self, _POINT_TO_POINT_TAG + self._collectives)
 
     def _reduce_scatter(self, tensor: torch.Tensor, shards: Sequence[int]) -> Pending:
-        tag, slices = self._next_tag(), _slices(tensor, shards)
-        mine = slices[self.rank]
-        received: dict[int, torch.Tensor] = {}
-        works: list[_Work] = []
-        if mine.numel():
-            for peer in self._peers():
-                received[peer] = torch.empty_like(mine)
-                works.append(self._recv(received[peer], peer, tag))
-        works += [self._send(slices[p], p, tag) for p in self._peers() if slices[p].numel()]
-
-        def add_up() -> None:
-            # In the order of ranks, so that the sum does not depend on who arrived first.
-            if not received:
-                return
-            parts = [mine if rank == self.rank else received[rank] for rank in range(self.size)]
-            total = parts[0] + parts[1]
-            for part in parts[2:]:
-                total += part
-            mine.copy_(total)
-
-        return _All(works, add_up)
+        return collectives.reduce_scatter(self._tagged(), tensor, shards)
 
     def _all_gather(self, tensor: torch.Tensor, shards: Sequence[int]) -> Pending:
-        tag, slices = self._next_tag(), _slices(tensor, shards)
-        works = [self._recv(slices[p], p, tag) for p in self._peers() if slices[p].numel()]
-        if slices[self.rank].numel():
-            works += [self._send(slices[self.rank], p, tag) for p in self._peers()]
-        return _All(works)
-
-    def _peers(self) -> list[int]:
-        """The other ranks, each starting behind itself, so that not all send to rank 0 first."""
-        return [(self.rank + i) % self.size for i in range(1, self.size)]
+        return collectives.all_gather(self._tagged(), tensor, shards)
 
     # ------------------------------------------------------------------ staging of CUDA tensors
 
@@ -314,6 +330,19 @@ class GlooTransport:
         copied.synchronize()
         return self._staged(tensor, host, operation(host))
 
+    def _staged_all_to_all(
+        self,
+        outgoing: torch.Tensor,
+        sent: Sequence[int],
+        incoming: torch.Tensor,
+        received: Sequence[int],
+    ) -> _Staged:
+        leaving, copied = self._to_host(outgoing)
+        coming = torch.empty_like(incoming, device="cpu", pin_memory=True)
+        copied.synchronize()
+        work = collectives.all_to_all(self._tagged(), leaving, sent, coming, received)
+        return self._staged(incoming, coming, work)
+
 
 class _Work:
     """A gloo operation; it keeps its tensor alive until it is done."""
@@ -334,22 +363,19 @@ class _Work:
         self._tensor = None
 
 
-class _All:
-    """Several operations as one, and what is to be computed once all are done."""
+class _Tagged:
+    """The messages of one collective, which those of others can't be taken for."""
 
-    def __init__(self, works: Sequence[Pending], then: Any = None) -> None:
-        self._works = works
-        self._then = then
-        self.done = False
+    def __init__(self, transport: GlooTransport, tag: int) -> None:
+        self.rank, self.size = transport.rank, transport.size
+        self._transport = transport
+        self._tag = tag
 
-    def wait(self, timeout_s: float) -> None:
-        if self.done:
-            return
-        for work in self._works:
-            work.wait(timeout_s)
-        if self._then is not None:
-            self._then()
-        self.done = True
+    def send(self, tensor: torch.Tensor, peer: int) -> Pending:
+        return self._transport._send(tensor, peer, self._tag)
+
+    def recv(self, tensor: torch.Tensor, peer: int) -> Pending:
+        return self._transport._recv(tensor, peer, self._tag)
 
 
 class _Staged:
@@ -380,10 +406,6 @@ class _Done:
 
     def wait(self, timeout_s: float) -> None:
         """There is nothing to wait for."""
-
-
-def _slices(tensor: torch.Tensor, shards: Sequence[int]) -> list[torch.Tensor]:
-    return list(tensor.split(list(shards)))
 
 
 @contextlib.contextmanager

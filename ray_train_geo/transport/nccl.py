@@ -230,6 +230,30 @@ class NcclTransport:
 
         return self._queue.start("all-gather", (tensor,), call)
 
+    def all_to_all(
+        self,
+        outgoing: torch.Tensor,
+        sent: Sequence[int],
+        incoming: torch.Tensor,
+        received: Sequence[int],
+    ) -> Pending:
+        _, _, dtype = self._buffer(outgoing)
+        self._buffer(incoming)
+        counts, starts = _shards(outgoing, sent, self.size)
+        coming, places = _shards(incoming, received, self.size)
+        stream = self.stream.cuda_stream
+        peers = [peer for peer in range(self.size) if peer != self.rank]
+
+        def call(comm: Any) -> None:
+            with self._group():
+                for peer in peers:
+                    if counts[peer]:
+                        comm.send(starts[peer], counts[peer], dtype, peer, stream)
+                    if coming[peer]:
+                        comm.recv(places[peer], coming[peer], dtype, peer, stream)
+
+        return self._queue.start("all-to-all", (outgoing, incoming), call)
+
     # ------------------------------------------------------------------ waiting and ending
 
     def synchronize(self, timeout_s: float) -> None:

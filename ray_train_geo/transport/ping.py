@@ -18,6 +18,7 @@ class PingServer:
     """Answers every byte with itself, until it is closed."""
 
     def __init__(self, hostname: str) -> None:
+        self._heard_s: float | None = None
         self._listener = socket.create_server((hostname, 0), backlog=_BACKLOG)
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._serve, name="ping", daemon=True).start()
@@ -26,20 +27,24 @@ class PingServer:
         with contextlib.suppress(OSError):  # closed
             while True:
                 connection, _ = self._listener.accept()
-                threading.Thread(target=_echo, args=(connection,), daemon=True).start()
+                threading.Thread(target=self._echo, args=(connection,), daemon=True).start()
+
+    def _echo(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError), connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            while data := connection.recv(1):
+                self._heard_s = time.monotonic()
+                connection.sendall(data)
+
+    def silence_s(self) -> float | None:
+        """Seconds since somebody was heard; None if nobody ever was."""
+        return None if self._heard_s is None else time.monotonic() - self._heard_s
 
     def close(self) -> None:
         # A blocked accept() ends by shutdown only.
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-
-
-def _echo(connection: socket.socket) -> None:
-    with contextlib.suppress(OSError), connection:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        while data := connection.recv(1):
-            connection.sendall(data)
 
 
 def round_trip_s(hostname: str, port: int, samples: int = 8, deadline_s: float = 10.0) -> float:

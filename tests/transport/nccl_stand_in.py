@@ -6,6 +6,7 @@ It moves real bytes by their addresses, and blocks the host where NCCL blocks it
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 import threading
 import time
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from at_once import each
 from torch.distributed import HashStore, Store
 
 from ray_train_geo.transport import nccl as nccl_module
@@ -208,7 +210,7 @@ class Communicator:
 
         self._run(name, offer, complete)
 
-    def allReduce(  # noqa: N802 (CuPy's names)
+    def allReduce(
         self, sendbuf: int, recvbuf: int, count: int, datatype: int, op: int, stream: int
     ) -> None:
         size = count * width(datatype)
@@ -231,7 +233,7 @@ class Communicator:
         size = count * width(datatype)
         self._collective("broadcast", sendbuff, size, lambda parts: write(recvbuff, parts[root]))
 
-    def reduceScatter(  # noqa: N802
+    def reduceScatter(
         self, sendbuf: int, recvbuf: int, recvcount: int, datatype: int, op: int, stream: int
     ) -> None:
         size = recvcount * width(datatype)
@@ -242,9 +244,7 @@ class Communicator:
 
         self._collective("reduceScatter", sendbuf, size * self.size, done)
 
-    def allGather(  # noqa: N802
-        self, sendbuf: int, recvbuf: int, count: int, datatype: int, stream: int
-    ) -> None:
+    def allGather(self, sendbuf: int, recvbuf: int, count: int, datatype: int, stream: int) -> None:
         size = count * width(datatype)
         self._collective("allGather", sendbuf, size, lambda parts: write(recvbuf, b"".join(parts)))
 
@@ -293,34 +293,15 @@ def stand_in() -> Iterator[Fabric]:
         yield fabric
 
 
-def each(calls: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Run all calls at once: their results; the first error is raised."""
-    results: list[Any] = [None] * len(calls)
-    errors: list[BaseException] = []
-
-    def guarded(index: int) -> None:
-        try:
-            results[index] = calls[index]()
-        except BaseException as e:
-            errors.append(e)
-
-    threads = [threading.Thread(target=guarded, args=(i,)) for i in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    if errors:
-        raise errors[0]
-    return results
-
-
 def group(size: int, store: Store | None = None, deadline_s: float = 10.0) -> list[NcclTransport]:
-    store = store or HashStore()
+    # Who waits for a key keeps its connection to itself: every rank has one of its own.
+    shared: Any = store or HashStore()
+    stores = [shared.clone() for _ in range(size)]
 
     def join(rank: int) -> NcclTransport:
-        return NcclTransport.connect(store, "test", rank, size, CPU, deadline_s)
+        return NcclTransport.connect(stores[rank], "test", rank, size, CPU, deadline_s)
 
-    return each([lambda rank=rank: join(rank) for rank in range(size)])  # type: ignore[misc]
+    return each([functools.partial(join, rank) for rank in range(size)])
 
 
 def soon(condition: Callable[[], object]) -> bool:

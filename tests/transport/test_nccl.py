@@ -136,9 +136,10 @@ def test_an_operation_runs_behind_the_current_stream_and_before_what_follows(
 ) -> None:
     (only,) = group(1)
     operation: Any = only.all_reduce(on_device(torch.ones(2)))
+    stream: Any = only.stream  # the stand-in's
     operation.wait(5)
     assert operation.ready.stream is fabric.current
-    assert operation.ready in only.stream.waited_for  # type: ignore[attr-defined]
+    assert operation.ready in stream.waited_for
     assert operation.done.stream is only.stream
     assert operation.done in fabric.current.waited_for
     assert operation.tensors == ()
@@ -193,6 +194,21 @@ def test_scatter_then_gather_is_the_sum_whatever_the_shards(shards: list[int]) -
             transport.close()
 
 
+def test_all_to_all_is_one_group_of_messages(fabric: Fabric) -> None:
+    sizes = [[0, 2, 1], [3, 0, 1], [0, 2, 0]]  # from each, to each
+    outgoing = [on_device(torch.arange(float(sum(r))) + 10 * i) for i, r in enumerate(sizes)]
+    received = [[row[rank] for row in sizes] for rank in range(3)]
+    incoming = [on_device(torch.zeros(sum(row))) for row in received]
+    started = [
+        t.all_to_all(outgoing[r], sizes[r], incoming[r], received[r])
+        for r, t in enumerate(group(3))
+    ]
+    for pending in started:
+        pending.wait(5)
+    assert [t.tolist() for t in incoming] == [[10, 11, 12], [0, 1, 20, 21], [2, 13]]
+    assert fabric.calls.count("(") == 3
+
+
 class Elsewhere(Device):
     def get_device(self) -> int:
         return 3
@@ -226,13 +242,15 @@ def test_wrong_arguments_are_refused_and_change_nothing(fabric: Fabric) -> None:
 # ---------------------------------------------------------------------- on a GPU
 
 
+needs_nccl = pytest.mark.skipif(
+    not (torch.cuda.is_available() and nccl_available()),
+    reason="a test marked gpu: it wants a CUDA device, and CuPy with NCCL",
+)
+
+
 @pytest.fixture
 def gpu() -> Iterator[NcclTransport]:
     """A communicator of one rank: all that one GPU can host."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if not nccl_available():
-        pytest.skip("no CuPy with NCCL")
     device = torch.device("cuda", 0)
     transport = NcclTransport.connect(HashStore(), "gpu", 0, 1, device, 60.0)
     yield transport
@@ -247,6 +265,7 @@ def sleep_on(stream: torch.cuda.Stream, seconds: float) -> None:
 
 
 @pytest.mark.gpu
+@needs_nccl
 @pytest.mark.parametrize("dtype", CODES, ids=str)
 def test_gpu_sends_to_itself_in_every_dtype(gpu: NcclTransport, dtype: torch.dtype) -> None:
     sent = torch.arange(100_000, device="cuda").remainder(100).to(dtype)
@@ -259,6 +278,7 @@ def test_gpu_sends_to_itself_in_every_dtype(gpu: NcclTransport, dtype: torch.dty
 
 
 @pytest.mark.gpu
+@needs_nccl
 def test_gpu_current_stream_waits_for_a_late_message(gpu: NcclTransport) -> None:
     sent, received = torch.ones(1000, device="cuda"), torch.zeros(1000, device="cuda")
     gpu.exchange(sent, received, 0).wait(30)
@@ -273,6 +293,7 @@ def test_gpu_current_stream_waits_for_a_late_message(gpu: NcclTransport) -> None
 
 
 @pytest.mark.gpu
+@needs_nccl
 def test_gpu_collectives_of_one_rank_leave_the_tensor(gpu: NcclTransport) -> None:
     tensor = torch.randn(4096, device="cuda")
     before = tensor.clone()
@@ -284,6 +305,7 @@ def test_gpu_collectives_of_one_rank_leave_the_tensor(gpu: NcclTransport) -> Non
 
 
 @pytest.mark.gpu
+@needs_nccl
 def test_gpu_synchronize_keeps_its_deadline(gpu: NcclTransport) -> None:
     tensor = torch.ones(8, device="cuda")
     sleep_on(gpu.stream, 1.0)
@@ -297,6 +319,7 @@ def test_gpu_synchronize_keeps_its_deadline(gpu: NcclTransport) -> None:
 
 
 @pytest.mark.gpu
+@needs_nccl
 def test_gpu_abort_from_another_thread_releases_a_waiter(gpu: NcclTransport) -> None:
     sent, received = torch.ones(8, device="cuda"), torch.zeros(8, device="cuda")
     gpu.exchange(sent, received, 0).wait(30)

@@ -1,0 +1,115 @@
+"""State over TCP: the same bits, or a refusal."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from ray_train_geo.errors import DeadlineError, TransportError
+from ray_train_geo.transport.state_stream import Address, StateServer, fetch, fetch_all, push
+
+TENSORS = {
+    "a": torch.arange(300_000, dtype=torch.float32).view(300, 1000),
+    "empty": torch.zeros(0, 3),
+    "scalar": torch.tensor(2.5),
+    "half": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
+    "strided": torch.arange(12.0).view(3, 4).T,
+}
+
+
+class Shelf:
+    def __init__(self) -> None:
+        self.taken: list[tuple[int, int, dict[str, Any], dict[str, torch.Tensor]]] = []
+
+    def give(self, generation: int, step: int, names: Sequence[str]) -> Mapping[str, torch.Tensor]:
+        self.check(generation, step)
+        return {name: TENSORS[name] for name in names}
+
+    def check(self, generation: int, step: int) -> None:
+        if (generation, step) != (3, 7):
+            raise TransportError(f"not {generation}/{step} here")
+
+    def take(
+        self, generation: int, step: int, facts: Mapping[str, Any], tensors: dict[str, torch.Tensor]
+    ) -> None:
+        self.check(generation, step)
+        self.taken.append((generation, step, dict(facts), tensors))
+
+
+@pytest.fixture
+def shelf() -> Shelf:
+    return Shelf()
+
+
+@pytest.fixture
+def server(shelf: Shelf) -> Iterator[StateServer]:
+    server = StateServer("127.0.0.1", shelf)
+    yield server
+    server.close()
+
+
+def same(found: Mapping[str, torch.Tensor], names: Sequence[str]) -> bool:
+    return list(found) == list(names) and all(
+        found[n].dtype == TENSORS[n].dtype and torch.equal(found[n], TENSORS[n]) for n in names
+    )
+
+
+def test_what_is_fetched_has_the_same_bits(server: StateServer) -> None:
+    assert same(fetch(server.address, 3, 7, list(TENSORS), 5.0), list(TENSORS))
+    assert fetch(server.address, 3, 7, [], 5.0) == {}
+
+
+def test_several_sources_at_once(server: StateServer) -> None:
+    other = StateServer("127.0.0.1", Shelf())
+    found = fetch_all({server.address: ["a", "scalar"], other.address: ["half"]}, 3, 7, 5.0)
+    other.close()
+    assert same(found, ["a", "scalar", "half"])
+    assert fetch_all({}, 3, 7, 5.0) == {}
+
+
+def test_what_is_pushed_is_there_when_push_returns(server: StateServer, shelf: Shelf) -> None:
+    push(server.address, 3, 7, {"updates": 6}, TENSORS, 5.0)
+    ((generation, step, facts, tensors),) = shelf.taken
+    assert (generation, step, facts) == (3, 7, {"updates": 6})
+    assert same(tensors, list(TENSORS))
+
+
+@pytest.mark.parametrize(("generation", "step"), [(2, 7), (3, 8)])
+def test_another_generation_or_step_is_refused(
+    server: StateServer, shelf: Shelf, generation: int, step: int
+) -> None:
+    with pytest.raises(TransportError, match="refuses: not"):
+        fetch(server.address, generation, step, ["a"], 5.0)
+    with pytest.raises(TransportError, match=r"refuses|closed|reset"):
+        push(server.address, generation, step, {}, TENSORS, 5.0)
+    assert not shelf.taken
+
+
+def test_a_server_that_is_gone(server: StateServer) -> None:
+    server.close()
+    with pytest.raises(TransportError, match=str(server.address.port)):
+        fetch(server.address, 3, 7, ["a"], 5.0)
+
+
+def test_silence_has_a_deadline() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = Address("127.0.0.1", listener.getsockname()[1])
+        with pytest.raises(DeadlineError, match=r"nothing moved for 0\.2 s"):
+            fetch(address, 3, 7, ["a"], 0.2)
+
+
+def test_what_is_no_state_message_harms_nobody(server: StateServer) -> None:
+    for garbage in (b"GET / HTTP/1.1\r\n\r\n", b"\0\0\0\4{{{{", b"\0"):
+        with socket.create_connection(server.address) as connection:
+            connection.sendall(garbage)
+            with contextlib.suppress(OSError):  # it may have been cut off already
+                connection.shutdown(socket.SHUT_WR)
+                assert connection.recv(1) == b""
+    assert same(fetch(server.address, 3, 7, ["a"], 5.0), ["a"])
+    assert not [t for t in threading.enumerate() if t.name.startswith("fetch-state")]
