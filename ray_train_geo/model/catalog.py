@@ -113,8 +113,16 @@ def layer_flops(dims: ModelDims, seq_len: int, microbatch: int) -> float:
     For gpt with ``ffn_dim = 4 * dim``: ``24 B s d^2 + 4 B s^2 d``.
     """
     tokens = float(microbatch * seq_len)
-    matrices = sum(prod(shape) for shape in _layer_shapes(dims).values() if len(shape) == 2)
-    return tokens * (2 * matrices + 4 * seq_len * dims.dim)
+    return tokens * (2 * _matrix_parameters(dims) + 4 * seq_len * dims.dim)
+
+
+@cache
+def layer_weight_flops(dims: ModelDims, seq_len: int, microbatch: int) -> float:
+    """FLOPs of the gradients of one layer's matrices: its forward's, but for the attention's own.
+
+    Gradients of the layer's input take the rest of a backward.
+    """
+    return 2.0 * microbatch * seq_len * _matrix_parameters(dims)
 
 
 def head_flops(dims: ModelDims, seq_len: int, microbatch: int) -> float:
@@ -161,6 +169,18 @@ def layer_activation_bytes(
     return microbatch * seq_len * per_token
 
 
+def layer_deferred_bytes(dims: ModelDims, seq_len: int, microbatch: int, precision: str) -> int:
+    """Bytes that one layer keeps of a microbatch from a backward without weight gradients to these.
+
+    Input and output gradient of each of its linear maps; recomputation changes nothing.
+    """
+    d, ffn, kv = dims.dim, dims.ffn_dim, dims.kv_heads * dims.head_dim
+    # Of qkv, attention's output, up (gate and up are one) and down.
+    inputs = d + d + d + ffn
+    gradients = (d + 2 * kv) + d + (ffn if dims.family == "gpt" else 2 * ffn) + d
+    return microbatch * seq_len * (inputs + gradients) * BYTES_PER_ELEMENT[precision]
+
+
 def embedding_activation_bytes(
     dims: ModelDims, seq_len: int, microbatch: int, precision: str
 ) -> int:
@@ -183,9 +203,20 @@ def head_activation_bytes(dims: ModelDims, seq_len: int, microbatch: int, precis
     return microbatch * seq_len * (norm + dims.vocab_size * (element + 4) + 8)
 
 
+def head_deferred_bytes(dims: ModelDims, seq_len: int, microbatch: int, precision: str) -> int:
+    """As :func:`layer_deferred_bytes`, of the output head: the norm's output, logits' gradient."""
+    return microbatch * seq_len * (dims.dim + dims.vocab_size) * BYTES_PER_ELEMENT[precision]
+
+
 def boundary_bytes(dims: ModelDims, seq_len: int, microbatch: int, precision: str) -> int:
     """Bytes of one message between stages: the hidden state of a microbatch, or its gradient."""
     return microbatch * seq_len * dims.dim * BYTES_PER_ELEMENT[precision]
+
+
+@cache
+def _matrix_parameters(dims: ModelDims) -> int:
+    """Of one layer."""
+    return sum(prod(shape) for shape in _layer_shapes(dims).values() if len(shape) == 2)
 
 
 def _embedding_shapes(dims: ModelDims) -> dict[str, tuple[int, ...]]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ray_train_geo.model.catalog import ModelDims
 from ray_train_geo.model.dropout import ATTENTION, MLP, dropout
+from ray_train_geo.model.split_backward import Linear
 
 __all__ = ["GPTLayer"]
 
@@ -23,11 +24,11 @@ class GPTLayer(nn.Module):
         self.heads = dims.heads
         self.dropout = dims.dropout
         self.attention_norm = nn.LayerNorm(dims.dim, dims.norm_eps)
-        self.qkv = nn.Linear(dims.dim, 3 * dims.dim)
-        self.attention_out = nn.Linear(dims.dim, dims.dim)
+        self.qkv = Linear(dims.dim, 3 * dims.dim)
+        self.attention_out = Linear(dims.dim, dims.dim)
         self.mlp_norm = nn.LayerNorm(dims.dim, dims.norm_eps)
-        self.up = nn.Linear(dims.dim, dims.ffn_dim)
-        self.down = nn.Linear(dims.ffn_dim, dims.dim)
+        self.up = Linear(dims.dim, dims.ffn_dim)
+        self.down = Linear(dims.ffn_dim, dims.dim)
 
     def forward(self, x: Tensor, key: Tensor | None) -> Tensor:
         """Hidden states ``[microbatch, seq_len, dim]`` to the same shape.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ray_train_geo.model.catalog import ModelDims
 from ray_train_geo.model.dropout import ATTENTION, MLP, dropout
+from ray_train_geo.model.split_backward import Linear
 
 __all__ = ["LlamaLayer", "rotary_tables"]
 
@@ -43,11 +44,11 @@ class LlamaLayer(nn.Module):
         self.dropout = dims.dropout
         kv_dim = dims.kv_heads * dims.head_dim
         self.attention_norm = nn.RMSNorm(dims.dim, dims.norm_eps)
-        self.qkv = nn.Linear(dims.dim, dims.dim + 2 * kv_dim, bias=False)
-        self.attention_out = nn.Linear(dims.dim, dims.dim, bias=False)
+        self.qkv = Linear(dims.dim, dims.dim + 2 * kv_dim, bias=False)
+        self.attention_out = Linear(dims.dim, dims.dim, bias=False)
         self.mlp_norm = nn.RMSNorm(dims.dim, dims.norm_eps)
-        self.gate_up = nn.Linear(dims.dim, 2 * dims.ffn_dim, bias=False)
-        self.down = nn.Linear(dims.ffn_dim, dims.dim, bias=False)
+        self.gate_up = Linear(dims.dim, 2 * dims.ffn_dim, bias=False)
+        self.down = Linear(dims.ffn_dim, dims.dim, bias=False)
 
     def forward(self, x: Tensor, key: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Hidden states ``[microbatch, seq_len, dim]`` to the same shape.

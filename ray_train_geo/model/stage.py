@@ -19,6 +19,7 @@ from ray_train_geo.model.catalog import ModelDims
 from ray_train_geo.model.dropout import EMBEDDING, dropout, layer_keys
 from ray_train_geo.model.gpt import GPTLayer
 from ray_train_geo.model.llama import LlamaLayer, rotary_tables
+from ray_train_geo.model.split_backward import Deferred, Linear, SplitBackward, linear
 
 __all__ = ["StageModule", "build_stage", "initialize", "next_token_loss"]
 
@@ -61,10 +62,11 @@ class StageModule(nn.Module):
         norm = nn.LayerNorm if gpt else nn.RMSNorm
         self.norm = norm(dims.dim, dims.norm_eps) if self.is_last else None
         self.output = (
-            nn.Linear(dims.dim, dims.vocab_size, bias=False)
+            Linear(dims.dim, dims.vocab_size, bias=False)
             if self.is_last and not dims.tied_embeddings
             else None
         )
+        self._tied_deferred: Deferred | None = None
 
     @property
     def is_first(self) -> bool:
@@ -121,9 +123,25 @@ class StageModule(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         assert self.norm is not None
-        head = self.tokens if self.output is None else self.output
-        assert head is not None
-        return F.linear(self.norm(x), head.weight)
+        x = self.norm(x)
+        if self.output is not None:
+            logits: Tensor = self.output(x)
+            return logits
+        assert self.tokens is not None
+        return linear(x, self.tokens.weight, None, self._tied_deferred)
+
+    def split_backward(self) -> SplitBackward:
+        """From now on a backward leaves the weights' gradients for later."""
+        deferred, split = Deferred(), set[Tensor]()
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.deferred = deferred
+                split.update(module.parameters())
+        if self.is_last and self.tokens is not None and not self.is_first:
+            # As both ends of the model the matrix has two gradients, which autograd adds up.
+            self._tied_deferred = deferred
+            split.add(self.tokens.weight)
+        return SplitBackward(deferred, [p for p in self.parameters() if p not in split])
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:

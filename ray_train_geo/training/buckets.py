@@ -14,13 +14,17 @@ ranks, so no two of them can wait for each other, whatever groups they share.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
-from ray_train_geo.model.catalog import ModelDims
+from ray_train_geo.model.catalog import ModelDims, parameter_shapes
 from ray_train_geo.planning.plan import Plan
 
-__all__ = ["Bucket", "depth", "holders_of", "make_buckets"]
+__all__ = ["Bucket", "depth", "holders_of", "holding_devices", "make_buckets", "packed"]
+
+K = TypeVar("K")
 
 _BYTES_PER_GRADIENT = 4
 
@@ -73,32 +77,55 @@ def holders_of(name: str, plan: Plan, dims: ModelDims) -> tuple[int, ...]:
     return holders
 
 
+def holding_devices(plan: Plan, dims: ModelDims) -> dict[str, list[str]]:
+    """Ids of the devices that hold each weight, in the order of :func:`holders_of`."""
+    return {
+        name: [plan.devices[rank].id for rank in holders_of(name, plan, dims)]
+        for name in parameter_shapes(dims)
+    }
+
+
 def make_buckets(
-    sizes: Mapping[str, int], plan: Plan, dims: ModelDims, bucket_bytes: int
+    sizes: Mapping[str, int],
+    plan: Plan,
+    dims: ModelDims,
+    bucket_bytes: int,
+    among: Collection[int] | None = None,
 ) -> list[Bucket]:
     """Pack a rank's weights (name -> elements) into buckets of at most ``bucket_bytes``.
 
     All ranks of a set of holders get the same buckets for it.  A weight larger than
     ``bucket_bytes`` is a bucket of its own.
+
+    Args:
+        among: the ranks that sum gradients with each other; by default all.
     """
-    buckets: list[Bucket] = []
-    names: list[str] = []
-    holders: tuple[int, ...] = ()
-    filled = 0
 
-    def close() -> None:
-        nonlocal names, filled
-        if names:
-            buckets.append(Bucket(holders, tuple(names)))
-        names, filled = [], 0
+    def holders(name: str) -> tuple[int, ...]:
+        every = holders_of(name, plan, dims)
+        return every if among is None else tuple(rank for rank in every if rank in among)
 
-    for name in sorted(sizes, key=lambda n: (-depth(n, dims), n)):
-        size = sizes[name] * _BYTES_PER_GRADIENT
-        owners = holders_of(name, plan, dims)
-        if owners != holders or filled + size > bucket_bytes:
-            close()
-        holders = owners
-        names.append(name)
-        filled += size
-    close()
-    return buckets
+    names = sorted(sizes, key=lambda n: (-depth(n, dims), n))
+    return [Bucket(owners, run) for owners, run in packed(names, holders, sizes, bucket_bytes)]
+
+
+def packed(
+    names: Iterable[str],
+    key: Callable[[str], K],
+    sizes: Mapping[str, int],
+    limit_bytes: int,
+) -> list[tuple[K, tuple[str, ...]]]:
+    """Cut ``names`` where their key changes, and where a run would exceed ``limit_bytes``."""
+    found = []
+    for value, group in itertools.groupby(names, key):
+        run: list[str] = []
+        filled = 0
+        for name in group:
+            size = sizes[name] * _BYTES_PER_GRADIENT
+            if run and filled + size > limit_bytes:
+                found.append((value, tuple(run)))
+                run, filled = [], 0
+            run.append(name)
+            filled += size
+        found.append((value, tuple(run)))
+    return found

@@ -22,18 +22,16 @@ import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
-from torch.distributed.checkpoint.planner import SavePlan
-from torch.distributed.checkpoint.storage import WriteResult
 
 from ray_train_geo.errors import CheckpointError, StorageError
 from ray_train_geo.training.manifest import Manifest
+
+if TYPE_CHECKING:
+    from ray_train_geo.training.dcp import Written
 
 __all__ = [
     "CheckpointPart",
@@ -54,8 +52,7 @@ class CheckpointPart:
     """What one worker wrote: metadata only, small enough to send to the coordinator."""
 
     rank: int
-    plan: SavePlan
-    results: list[WriteResult]
+    written: Written
     checksums: dict[str, int]
     size_bytes: int
 
@@ -66,22 +63,15 @@ def write_part(location: str, rank: int, tensors: Mapping[str, torch.Tensor]) ->
     Raises:
         StorageError: it can't be written; the message names the reason.
     """
-    state = dict(tensors)
-    writer: FileSystemWriter = (
-        FsspecWriter(location) if _is_url(location) else FileSystemWriter(location)
-    )
-    planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
+    from ray_train_geo.training import dcp
+
     with _storage_errors("can't write the checkpoint", location):
-        planner.set_up_planner(state, is_coordinator=False)
-        writer.set_up_storage_writer(False, rank=rank, use_collectives=False)
-        plan = writer.prepare_local_plan(planner.create_local_plan())
-        results = writer.write_data(planner.finish_plan(plan), planner).wait()
+        written = dcp.write(location, rank, tensors)
     return CheckpointPart(
         rank=rank,
-        plan=plan,
-        results=results,
-        checksums={name: _checksum(tensor) for name, tensor in state.items()},
-        size_bytes=sum(t.nbytes for t in state.values()),
+        written=written,
+        checksums={name: _checksum(tensor) for name, tensor in tensors.items()},
+        size_bytes=sum(t.nbytes for t in tensors.values()),
     )
 
 
@@ -124,11 +114,13 @@ def read_tensors(location: str, manifest: Manifest, tensors: Mapping[str, torch.
     Raises:
         CheckpointError: a tensor is missing, of another shape, or not what was written.
     """
+    from ray_train_geo.training import dcp
+
     missing = sorted(set(tensors) - set(manifest.checksums))
     if missing:
         raise CheckpointError(f"checkpoint {location} has no {missing[0]!r} (of another model?)")
     try:
-        _load(location, tensors)
+        dcp.read(location, tensors)
     except Exception as e:  # of DCP, torch, zip, pickle or the file system
         culprit = next((n for n, t in tensors.items() if not _loads(location, n, t)), "")
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
@@ -140,23 +132,11 @@ def read_tensors(location: str, manifest: Manifest, tensors: Mapping[str, torch.
             )
 
 
-def _load(location: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """DCP's ``load``, without a process group and what it says about that."""
-    reader: FileSystemReader = (
-        FsspecReader(location) if _is_url(location) else FileSystemReader(location)
-    )
-    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    metadata = reader.read_metadata()
-    planner.set_up_planner(dict(tensors), metadata, is_coordinator=True)
-    reader.set_up_storage_reader(metadata, is_coordinator=True)
-    plan = reader.prepare_local_plan(planner.create_local_plan())
-    (plan,) = reader.prepare_global_plan(planner.create_global_plan([plan]))
-    reader.read_data(planner.finish_plan(plan), planner).wait()
-
-
 def _loads(location: str, name: str, tensor: torch.Tensor) -> bool:
+    from ray_train_geo.training import dcp
+
     try:
-        _load(location, {name: tensor})
+        dcp.read(location, {name: tensor})
     except Exception:
         return False
     return True
@@ -237,19 +217,14 @@ class CheckpointStore:
         Raises:
             StorageError: a part is not visible here (storage not shared), or a write failed.
         """
+        from ray_train_geo.training import dcp
+
         location = self.writing(step, generation)
-        writer: FileSystemWriter = (
-            FsspecWriter(location) if self._remote else FileSystemWriter(location)
-        )
-        planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
         checksums = {n: c for part in parts for n, c in part.checksums.items()}
         with _storage_errors("can't complete the checkpoint", location):
-            writer.set_up_storage_writer(True)
-            _, metadata = planner.create_global_plan([part.plan for part in parts])
-            writer.finish(metadata, [part.results for part in parts])
+            written = dcp.complete(location, [part.written for part in parts])
             _, path = fsspec.core.url_to_fs(location)
             self._fs.invalidate_cache()
-            written = {r.storage_data.relative_path for part in parts for r in part.results}
             files = {
                 name: int(entry["size"])
                 for entry in self._fs.ls(path, detail=True)

@@ -4,29 +4,41 @@
     bucket 0        └──── L7 L6 on the wire ───┘
     bucket 1                  └──── L5 L4 on the wire ────┘
 
-``allreduce``   one all-reduce a bucket.
-``sharded_ps``  each holder is the parameter server of one shard: it gets everybody's gradients
-                for it (reduce-scatter) and hands out the sum (all-gather).
-``central_ps``  the same with one shard that holds everything, at the lowest rank.
+How a bucket is summed - by which route, as it is or encoded - is a :class:`Sums`: a few rounds of
+messages, each started once the one before it has come.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
-
-import torch
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 from ray_train_geo.observe.trace import Tracer
-from ray_train_geo.spec import GradientSyncName
 from ray_train_geo.training.buckets import Bucket
 from ray_train_geo.transport.base import Pending, Transport
 
-__all__ = ["GradientSync", "even_shards"]
+__all__ = ["GradientSync", "Sums"]
 
 
-class _Started(NamedTuple):
+class Sums(Protocol):
+    """Sums flat gradients over their holders, with the same bits at all of them."""
+
+    def begin(self, step: int, scale: float) -> None:
+        """A new step, whose gradients are times ``scale``."""
+
+    def rounds(self, index: int) -> Iterator[Pending]:
+        """Sum bucket number ``index``, in place.
+
+        Yields:
+            Each round, started.  It is to be waited for before the next one is asked for, and the
+            sum is there after the last.  All holders have equally many.
+        """
+
+
+class _UnderWay(NamedTuple):
     bucket: int
+    rounds: Iterator[Pending]
     pending: Pending
 
 
@@ -35,36 +47,34 @@ class GradientSync:
 
     Args:
         buckets: what is summed together, in the order in which it must start.
-        buffers: the flat fp32 gradients of the buckets that others hold too, summed in place.
         transports: the group of each set of holders with more than one rank.
-        deadline_s: longest wait for one bucket, in seconds.
+        sums: how.
     """
 
     def __init__(
         self,
         buckets: Sequence[Bucket],
-        buffers: Mapping[int, torch.Tensor],
         transports: Mapping[tuple[int, ...], Transport],
-        mode: GradientSyncName,
+        sums: Sums,
         tracer: Tracer,
     ) -> None:
         self._buckets = buckets
-        self._buffers = buffers
         self._transports = transports
-        self._mode = mode
+        self._sums = sums
         self._tracer = tracer
         self._ready = [False] * len(buckets)
         self._next = 0
-        self._started: list[_Started] = []
+        self._under_way: deque[_UnderWay] = deque()
         self._step = 0
 
-    def begin(self, step: int) -> None:
-        """A new step: nothing is ready yet."""
+    def begin(self, step: int, scale: float = 1.0) -> None:
+        """A new step, whose gradients are times ``scale``: nothing is ready yet."""
         self._step = step
+        self._sums.begin(step, scale)
         # What nobody else holds is not waited for.
         self._ready = [bucket.holders not in self._transports for bucket in self._buckets]
         self._next = 0
-        self._started = []
+        self._under_way.clear()
 
     def ready(self, bucket: int) -> None:
         """The gradients of ``bucket`` are complete here: send them as soon as it is their turn."""
@@ -77,21 +87,13 @@ class GradientSync:
             self._next += 1
 
     def _start(self, index: int) -> None:
-        transport = self._transports.get(self._buckets[index].holders)
-        if transport is None:
-            return  # nobody else holds these layers
-        buffer = self._buffers[index]
-        if self._mode == "allreduce":
-            pending = transport.all_reduce(buffer)
-        else:
-            pending = transport.reduce_scatter(buffer, self._shards(index))
-        self._started.append(_Started(index, pending))
+        if self._buckets[index].holders in self._transports:
+            self._go_on(index, self._sums.rounds(index))
 
-    def _shards(self, index: int) -> list[int]:
-        elements, ranks = self._buffers[index].numel(), len(self._buckets[index].holders)
-        if self._mode == "central_ps":
-            return [elements] + [0] * (ranks - 1)
-        return even_shards(elements, ranks)
+    def _go_on(self, bucket: int, rounds: Iterator[Pending]) -> None:
+        pending = next(rounds, None)
+        if pending is not None:
+            self._under_way.append(_UnderWay(bucket, rounds, pending))
 
     def finish(self, deadline_s: float) -> None:
         """Wait until every buffer holds the sum over its holders.
@@ -102,19 +104,8 @@ class GradientSync:
         self._advance()
         if self._next < len(self._buckets):
             raise RuntimeError(f"bucket {self._next} never became ready")
-        gathers: list[Pending] = []
-        for index, pending in self._started:
-            with self._tracer.span("sync", f"bucket {index}", self._step, None):
+        while self._under_way:
+            bucket, rounds, pending = self._under_way.popleft()
+            with self._tracer.span("sync", f"bucket {bucket}", self._step, None):
                 pending.wait(deadline_s)
-                if self._mode != "allreduce":
-                    transport = self._transports[self._buckets[index].holders]
-                    gathers.append(transport.all_gather(self._buffers[index], self._shards(index)))
-        if gathers:
-            with self._tracer.span("sync", "gather", self._step, None):
-                for pending in gathers:
-                    pending.wait(deadline_s)
-
-
-def even_shards(elements: int, ranks: int) -> list[int]:
-    """``elements`` cut into ``ranks`` contiguous shards that differ by one at most."""
-    return [elements // ranks + (rank < elements % ranks) for rank in range(ranks)]
+                self._go_on(bucket, rounds)

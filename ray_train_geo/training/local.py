@@ -20,13 +20,16 @@ from typing import Any
 import torch
 from torch.distributed import HashStore, Store, TCPStore
 
+from ray_train_geo.cluster.topology import Topology
 from ray_train_geo.errors import AbortedError, GeoError, StorageError, TransportError, WorkerError
 from ray_train_geo.model.catalog import ModelDims
+from ray_train_geo.observe.trace import Span
 from ray_train_geo.planning.plan import Plan
 from ray_train_geo.spec import JobSpec
 from ray_train_geo.training.assignment import Assignment, Outcome, Start, StepRecord
 from ray_train_geo.training.checkpoint import CheckpointPart, CheckpointStore
 from ray_train_geo.training.collector import CheckpointCollector
+from ray_train_geo.training.emulation import Emulation
 from ray_train_geo.training.identity import identity
 from ray_train_geo.training.runtime import StageRuntime
 
@@ -37,10 +40,27 @@ _WITNESS_S = 3.0
 
 @dataclass(slots=True)
 class LocalResult:
-    """What a local run gave: one record a step, and why it ended."""
+    """What a local run gave: one record a step, and why it ended.
+
+    Args:
+        spans: by rank, of the steps that the job wants traced.
+        simulated: devices and links were emulated, so times are no measurement of any.
+    """
 
     records: list[StepRecord] = field(default_factory=list)
     outcome: Outcome | None = None
+    spans: dict[int, list[Span]] = field(default_factory=dict)
+    simulated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What a worker is started with."""
+
+    assignment: Assignment
+    device: str
+    emulated: Topology | None
+    until: int
 
 
 @dataclass(slots=True)
@@ -49,6 +69,7 @@ class _Ended:
 
     rank: int
     outcome: Outcome | None = None
+    spans: list[Span] = field(default_factory=list)
     error: tuple[bool, BaseException, str] | None = None
 
 
@@ -77,14 +98,18 @@ def run_local(
     until: int | None = None,
     deadline_s: float = 120.0,
     data_fingerprint: str = "",
+    emulated: Topology | None = None,
 ) -> LocalResult:
     """Train ``job`` under ``plan``, one process (or thread) a stage.
 
     Args:
         device: torch device of every stage; stages may share one GPU.
         until: last step; the job's own number of steps by default.
+        emulated: has the plan's devices; compute and links are as slow as there.  What several
+            devices share is shared among threads only.
 
     Raises:
+        PlanError: the plan can't be emulated.
         GeoError: what the first worker to fail raised.
     """
     context = multiprocessing.get_context("spawn")
@@ -103,19 +128,21 @@ def run_local(
         )
         for role in plan.roles()
     ]
-    steps = until or job.training.steps
+    tasks = [_Task(a, device, emulated, until or job.training.steps) for a in assignments]
+    emulation = None if emulated is None else Emulation(emulated)
+    if emulation is not None:
+        emulation.check(plan, dims, torch.device(device), job.local_sgd)
     workers: list[Any]
     if processes:
         server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         workers = [
-            context.Process(target=_process, args=(a, server.port, device, steps, messages))
-            for a in assignments
+            context.Process(target=_process, args=(task, server.port, messages)) for task in tasks
         ]
     else:
         shared = HashStore()
         workers = [
-            threading.Thread(target=_work, args=(a, shared, device, steps, messages), daemon=True)
-            for a in assignments
+            threading.Thread(target=_work, args=(task, shared, emulation, messages), daemon=True)
+            for task in tasks
         ]
     for worker in workers:
         worker.start()
@@ -137,6 +164,7 @@ def run_local(
         raise
     for worker in workers:
         worker.join(deadline_s)
+    result.simulated = emulated is not None
     return result
 
 
@@ -164,6 +192,7 @@ def _collect(messages: Any, workers: list[Any], collector: CheckpointCollector) 
             case _Ended():
                 running.discard(message.rank)
                 result.outcome = message.outcome or result.outcome
+                result.spans[message.rank] = message.spans
                 # The error that the others' broken links follow from is the one to report.
                 if message.error and (first_error is None or first_error[0]):
                     first_error = message.error
@@ -176,18 +205,21 @@ def _collect(messages: Any, workers: list[Any], collector: CheckpointCollector) 
     return result
 
 
-def _process(assignment: Assignment, port: int, device: str, steps: int, messages: Any) -> None:
+def _process(task: _Task, port: int, messages: Any) -> None:
     torch.set_num_threads(1)
-    store = TCPStore("127.0.0.1", port, timeout=timedelta(seconds=assignment.deadline_s))
-    _work(assignment, store, device, steps, messages)
+    store = TCPStore("127.0.0.1", port, timeout=timedelta(seconds=task.assignment.deadline_s))
+    emulation = None if task.emulated is None else Emulation(task.emulated)
+    _work(task, store, emulation, messages)
 
 
-def _work(assignment: Assignment, store: Store, device: str, steps: int, messages: Any) -> None:
-    ended = _Ended(assignment.rank)
-    runtime = StageRuntime(assignment, store, torch.device(device), _QueueReporter(messages.put))
+def _work(task: _Task, store: Store, emulation: Emulation | None, messages: Any) -> None:
+    ended = _Ended(task.assignment.rank)
+    device, reporter = torch.device(task.device), _QueueReporter(messages.put)
+    runtime = StageRuntime(task.assignment, store, device, reporter, emulation=emulation)
     try:
         runtime.build()
-        ended.outcome = runtime.run(steps)
+        ended.outcome = runtime.run(task.until)
+        ended.spans = runtime.trace()
     except BaseException as e:
         consequence = isinstance(e, TransportError | AbortedError)
         ended.error = (consequence, e, traceback.format_exc())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import uuid
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from ray_train_geo.training.checkpoint import CheckpointStore
 
 __all__ = ["Mission", "Phase", "Progress", "Summary", "check_space", "checkpoint_root"]
 
-Phase = Literal["starting", "training", "stopping", "finished", "stopped", "failed"]
+Phase = Literal["starting", "training", "waiting", "stopping", "finished", "stopped", "failed"]
 
 _CHECKPOINT_BYTES_PER_PARAMETER = 12
 _CHECKPOINT_SLACK = 1.05
@@ -28,6 +29,7 @@ class Mission:
         bytes_per_token: of the data's text, where known.
         resume: a checkpoint to go on from.
         until: last step of this session; the job's own number of steps at most.
+        session: no two have the same.
     """
 
     job: JobSpec
@@ -36,6 +38,7 @@ class Mission:
     bytes_per_token: float | None
     resume: str | None = None
     until: int | None = None
+    session: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
 
     @property
     def dims(self) -> ModelDims:
@@ -60,7 +63,7 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What happened since the driver last asked."""
+    """What a follower has not seen yet."""
 
     phase: Phase
     records: list[dict[str, Any]]

@@ -33,11 +33,16 @@ def learning_rate(step: int, training: TrainingSpec) -> float:
 
 
 def build_optimizer(
-    weights: Mapping[str, torch.Tensor], training: TrainingSpec
+    weights: Mapping[str, torch.Tensor],
+    training: TrainingSpec,
+    moments: Mapping[str, torch.Tensor] | None = None,
 ) -> torch.optim.AdamW:
     """AdamW over ``weights`` (by name); matrices decay, norms and biases do not.
 
     The moments are made at once, so that state has the same form before the first step.
+
+    Args:
+        moments: to be taken over, by flat name (``exp_avg.NAME``); the others begin at 0.
     """
     decay = [w for w in weights.values() if w.dim() >= 2]
     keep = [w for w in weights.values() if w.dim() < 2]
@@ -51,11 +56,12 @@ def build_optimizer(
         eps=training.eps,
         fused=True,
     )
-    for weight in weights.values():
+    for name, weight in weights.items():
         state: dict[str, Any] = optimizer.state[weight]
         state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
         for moment in MOMENTS:
-            state[moment] = torch.zeros_like(weight, memory_format=torch.preserve_format)
+            taken = (moments or {}).get(f"{moment}.{name}")
+            state[moment] = torch.zeros_like(weight) if taken is None else taken
     return optimizer
 
 

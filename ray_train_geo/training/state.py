@@ -1,4 +1,4 @@
-"""A stage's state: weights, summed gradients and optimizer, by global weight name.
+"""A stage's state: weights, summed gradients, optimizer and residuals, by global weight name.
 
     fp32    module weights = master weights;  their .grad = views of the flat buffers
     bf16    module weights (2 B) ◀─copy─ master weights (fp32);  backward's 2-byte gradients
@@ -24,7 +24,9 @@ from ray_train_geo.training.optimizer import (
     optimizer_steps,
     set_optimizer_steps,
 )
+from ray_train_geo.training.outer import OuterState
 from ray_train_geo.training.precision import DTYPES
+from ray_train_geo.training.residuals import Residuals
 
 __all__ = ["StageState"]
 
@@ -35,10 +37,20 @@ class StageState:
     Args:
         module: the stage, in fp32, on its device; turned to the job's precision here.
         buckets: how the gradients are laid out in flat buffers.
+        moments: AdamW's, to be taken over; see :func:`build_optimizer`.  Likewise, under local SGD,
+            the outer optimizer's.
+        local_sgd: there is an outer optimizer.
+        feeds_back: sums are encoded, and what is left out is kept.
     """
 
     def __init__(
-        self, module: StageModule, training: TrainingSpec, buckets: Sequence[Bucket]
+        self,
+        module: StageModule,
+        training: TrainingSpec,
+        buckets: Sequence[Bucket],
+        moments: Mapping[str, torch.Tensor] | None = None,
+        local_sgd: bool = False,
+        feeds_back: bool = False,
     ) -> None:
         self.module = module
         self.buckets = buckets
@@ -47,14 +59,17 @@ class StageState:
         self._low_precision = dtype != torch.float32
         self.weights: dict[str, torch.Tensor] = dict(parameters)
         if self._low_precision:
-            self.weights = {n: p.detach().clone() for n, p in parameters.items()}
+            # Turning the module gives its parameters new tensors; these stay what they were.
+            self.weights = {n: p.detach() for n, p in parameters.items()}
             module.to(dtype)
         self._parameters = parameters
         self.buffers: dict[int, torch.Tensor] = {}
         for index, bucket in enumerate(buckets):
             if self._low_precision or len(bucket.holders) > 1:
                 self.buffers[index] = self._flat_gradients(bucket)
-        self.optimizer = build_optimizer(self.weights, training)
+        self.optimizer = build_optimizer(self.weights, training, moments)
+        self.outer = OuterState(self.weights, moments or {}) if local_sgd else None
+        self.residuals = Residuals(buckets, self.weights) if feeds_back else None
 
     def _flat_gradients(self, bucket: Bucket) -> torch.Tensor:
         sizes = [self.weights[name].numel() for name in bucket.names]
@@ -70,12 +85,24 @@ class StageState:
         grads = (self.weights[name].grad for name in self.buckets[bucket].names)
         return [g for g in grads if g is not None]
 
-    def on_gradient(self, arrived: Callable[[str], None]) -> None:
-        """Call ``arrived(name)`` whenever backward has added a gradient to its flat buffer."""
-        for index in self.buffers:
-            for name in self.buckets[index].names:
-                parameter = self._parameters[name]
-                parameter.register_post_accumulate_grad_hook(self._hook(name, arrived))
+    def on_gradient(self, arrived: Callable[[str], None]) -> Callable[[], None]:
+        """Call ``arrived(name)`` whenever backward has added a gradient to its flat buffer.
+
+        Returns:
+            What ends that.  A weight keeps its hooks alive, and what they refer to, out of the
+            garbage collector's sight: without it, none of that is ever freed.
+        """
+        hooks = [
+            self._parameters[name].register_post_accumulate_grad_hook(self._hook(name, arrived))
+            for index in self.buffers
+            for name in self.buckets[index].names
+        ]
+
+        def end() -> None:
+            for hook in hooks:
+                hook.remove()
+
+        return end
 
     def _hook(self, name: str, arrived: Callable[[str], None]) -> Callable[[torch.Tensor], None]:
         if not self._low_precision:
@@ -115,7 +142,9 @@ class StageState:
             device = self.optimizer.param_groups[0]["params"][0].device
             optimizer.grad_scale = torch.tensor(1.0 / factor, device=device)
         optimizer.step()
-        self._refresh()
+        self.refresh()
+        if self.residuals is not None:
+            self.residuals.commit()
 
     def clear_gradients(self) -> None:
         for index, bucket in enumerate(self.buckets):
@@ -124,8 +153,10 @@ class StageState:
             else:
                 for name in bucket.names:
                     self.weights[name].grad = None
+        if self.residuals is not None:
+            self.residuals.begin()
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
         """Bring the module's low-precision weights up to the master weights."""
         if self._low_precision:
             names = list(self._parameters)
@@ -141,10 +172,20 @@ class StageState:
     def tensors(self, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
         """The state as flat names: ``model.NAME``, ``exp_avg.NAME``, ``exp_avg_sq.NAME``.
 
-        The tensors are the state itself, not copies.
+        Under local SGD also what ``training.outer`` names.  The tensors are the state itself, not
+        copies.  Without ``names`` this worker's residuals are among them: as they are until the
+        next step is applied.
         """
+        chosen = list(self.weights if names is None else names)
+        found = self.inner_tensors(chosen)
+        if names is None and self.residuals is not None:
+            found |= self.residuals.tensors()
+        return found if self.outer is None else found | self.outer.tensors(chosen)
+
+    def inner_tensors(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Of :meth:`tensors` those that every step changes in place."""
         found: dict[str, torch.Tensor] = {}
-        for name in self.weights if names is None else names:
+        for name in names:
             weight = self.weights[name]
             found[f"model.{name}"] = weight.detach()
             for moment in MOMENTS:
@@ -158,4 +199,4 @@ class StageState:
         for name, tensor in tensors.items():
             mine[name].copy_(tensor)
         set_optimizer_steps(self.optimizer, updates)
-        self._refresh()
+        self.refresh()

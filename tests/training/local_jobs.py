@@ -43,14 +43,19 @@ def make_job(folder: Path, *overrides: str, model: dict[str, Any] | None = None)
     return parse_job(raw, overrides)
 
 
-def plan_for(job: JobSpec, devices: int = 8) -> Plan:
-    topology = Topology(tuple(Device(id=f"d{i}", node=f"n{i}") for i in range(devices)))
+def plan_for(job: JobSpec, devices: int = 8, regions: int = 1) -> Plan:
+    topology = Topology(
+        tuple(Device(f"d{i}", f"n{i}", region=f"r{i % regions}") for i in range(devices))
+    )
     return make_plan(topology, job, VOCAB)
 
 
-def train(job: JobSpec, start: Start | None = None, until: int | None = None) -> LocalResult:
+def train(
+    job: JobSpec, start: Start | None = None, until: int | None = None, plan: Plan | None = None
+) -> LocalResult:
     """Run under the plan that the job's parallelism asks for, ranks as threads over real gloo."""
-    return run_local(job, job.dims(VOCAB), plan_for(job), processes=False, start=start, until=until)
+    plan = plan or plan_for(job)
+    return run_local(job, job.dims(VOCAB), plan, processes=False, start=start, until=until)
 
 
 def curve(records: list[StepRecord]) -> list[tuple[float, float]]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from local_jobs import LLAMA, VOCAB, make_job, plan_for, worst_difference
 
+from ray_train_geo.spec import GradientSyncName
+from ray_train_geo.training.gauge import Gauge
 from ray_train_geo.training.local import run_local
 from ray_train_geo.training.reference import run_reference
 
@@ -39,7 +44,19 @@ def test_two_stages_share_the_gpu(
     assert losses == pytest.approx(expected, rel=within)
 
 
-@pytest.mark.parametrize("sync", ["allreduce", "sharded_ps", "central_ps"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_weight_gradients_apart(tmp_path: Path, recompute: bool) -> None:
+    job = make_job(
+        tmp_path,
+        *("parallelism.pipelines=1", "parallelism.stages=2", "parallelism.schedule=zero-bubble"),
+        *(f"training.recompute={recompute}", f"training.steps={STEPS}"),
+    )
+    dims = job.dims(VOCAB)
+    result = run_local(job, dims, plan_for(job), device="cuda")
+    assert worst_difference(result.records, run_reference(job, dims)) < 1e-3
+
+
+@pytest.mark.parametrize("sync", get_args(GradientSyncName))
 def test_two_pipelines_share_the_gpu(tmp_path: Path, sync: str) -> None:
     job = make_job(
         tmp_path,
@@ -65,3 +82,23 @@ def test_recomputation_and_compile_change_nothing(tmp_path: Path) -> None:
     dims = job.dims(VOCAB)
     result = run_local(job, dims, plan_for(job), device="cuda", deadline_s=300)
     assert worst_difference(result.records, run_reference(job, dims)) < 1e-3
+
+
+def test_a_stages_time_is_the_gpus_not_that_of_the_launch() -> None:
+    device = torch.device("cuda")
+    gauge = Gauge(device, lambda kind: nullcontext())
+    x = torch.randn(8192, 8192, device=device)
+    x @ x  # loads what the first one needs
+    torch.cuda.synchronize()
+    start_s = time.perf_counter()
+    for kind in ("F", "B"):
+        with gauge(kind):
+            for _ in range(20):
+                x @ x
+    launched_s = time.perf_counter() - start_s
+    torch.cuda.synchronize()
+    took_s = time.perf_counter() - start_s
+    seconds = gauge.microbatch_s()
+    assert seconds is not None
+    assert launched_s < 0.5 * seconds
+    assert seconds == pytest.approx(took_s, rel=0.2)

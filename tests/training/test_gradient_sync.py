@@ -5,30 +5,40 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import get_args
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.distributed import HashStore
 
 from ray_train_geo.observe.trace import Tracer
+from ray_train_geo.planning.sync_routes import route_of
 from ray_train_geo.spec import GradientSyncName
 from ray_train_geo.training.buckets import Bucket
-from ray_train_geo.training.gradient_sync import GradientSync, even_shards
-from ray_train_geo.transport.base import Pending
-from ray_train_geo.transport.gloo import GlooEndpoint, GlooTransport
+from ray_train_geo.training.exact_sums import ExactSums
+from ray_train_geo.training.gradient_sync import GradientSync
+from ray_train_geo.transport.base import Pending, Transport
+from ray_train_geo.transport.gloo import GlooEndpoint
 
-MODES: list[GradientSyncName] = ["allreduce", "sharded_ps", "central_ps"]
+MODES = get_args(GradientSyncName)
 
 
-@given(st.integers(0, 10_000), st.integers(1, 50))
-def test_even_shards(elements: int, ranks: int) -> None:
-    shards = even_shards(elements, ranks)
-    assert len(shards) == ranks
-    assert sum(shards) == elements
-    assert max(shards) - min(shards) <= 1
+def sync_of(
+    mode: GradientSyncName,
+    buckets: Sequence[Bucket],
+    buffers: Mapping[int, torch.Tensor],
+    transports: Mapping[tuple[int, ...], Transport],
+    sites: Sequence[str],
+) -> GradientSync:
+    """The exact sync of a rank; every rank of ``sites`` is in one of them."""
+    routes = {
+        ranks: route_of(mode, [sites[rank] for rank in ranks])
+        for ranks in transports
+        if mode != "allreduce"
+    }
+    sums = ExactSums(buckets, buffers, transports, mode, routes)
+    return GradientSync(buckets, transports, sums, Tracer(enabled=False))
 
 
 class Log:
@@ -74,9 +84,9 @@ def logged(mode: GradientSyncName) -> tuple[GradientSync, list[str]]:
     """Rank 0 with buckets of 5, 3 and 4 elements, the second of which nobody shares."""
     log: list[str] = []
     buckets = [Bucket((0, 2), ("c",)), Bucket((0,), ("b",)), Bucket((0, 3, 5), ("a",))]
-    buffers = [torch.zeros(n) for n in (5, 3, 4)]
+    buffers = {i: torch.zeros(n) for i, n in enumerate((5, 3, 4))}
     transports = {(0, 2): Log(log, "x", 2), (0, 3, 5): Log(log, "y", 3)}
-    sync = GradientSync(buckets, buffers, transports, mode, Tracer(enabled=False))
+    sync = sync_of(mode, buckets, buffers, transports, "aaaaaa")
     sync.begin(1)
     return sync, log
 
@@ -153,20 +163,20 @@ def test_sums_over_overlapping_groups_on_real_sockets(mode: GradientSyncName) ->
     elements = {"c": 7, "b": 5, "a": 1, "z": 2}
     mine = [[b for b in (*shared, alone) if rank in b.holders] for rank in range(3)]
     buffers = [
-        [torch.arange(float(elements[b.names[0]])) + 10**rank for b in mine[rank]]
-        for rank in range(3)
+        {i: torch.arange(float(elements[b.names[0]])) + 10**rank for i, b in enumerate(row)}
+        for rank, row in enumerate(mine)
     ]
-    before = [[t.clone() for t in row] for row in buffers]
+    before = [{i: t.clone() for i, t in row.items()} for row in buffers]
 
     def work(rank: int) -> None:
         endpoint = GlooEndpoint(store, "127.0.0.1", 20.0)
-        joined: dict[tuple[int, ...], GlooTransport] = {}
+        joined: dict[tuple[int, ...], Transport] = {}
         for bucket in shared:
             if rank in bucket.holders:
                 joined[bucket.holders] = endpoint.connect(
                     f"sync{bucket.holders}", bucket.holders.index(rank), len(bucket.holders)
                 )
-        sync = GradientSync(mine[rank], buffers[rank], joined, mode, Tracer(enabled=False))
+        sync = sync_of(mode, mine[rank], buffers[rank], joined, "aba")
         sync.begin(1)
         for index in reversed(range(len(mine[rank]))):  # completed in any order
             sync.ready(index)

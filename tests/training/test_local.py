@@ -13,7 +13,7 @@ from local_jobs import VOCAB, make_job, plan_for, train, worst_difference
 
 from ray_train_geo.errors import DataError, GeoError, StorageError, WorkerError
 from ray_train_geo.spec import JobSpec
-from ray_train_geo.training import runtime
+from ray_train_geo.training import inheritance
 from ray_train_geo.training.checkpoint import CheckpointStore
 from ray_train_geo.training.local import LocalResult, run_local
 
@@ -103,7 +103,7 @@ def test_an_exception_of_ones_own_comes_with_its_trace(
     def broken(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError("made up")
 
-    monkeypatch.setattr(runtime, "build_stage", broken)
+    monkeypatch.setattr(inheritance, "build_stage", broken)
     with pytest.raises(WorkerError, match="made up") as error:
         train(make_job(tmp_path, *PLAN))
     assert "in broken" in str(error.value)

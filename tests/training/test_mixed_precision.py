@@ -21,6 +21,8 @@ from ray_train_geo.training.checkpoint import CheckpointStore, read_manifest, re
 from ray_train_geo.training.precision import LossScale
 from ray_train_geo.training.reference import run_reference
 from ray_train_geo.training.runtime import StageRuntime
+from ray_train_geo.training.standing import Totals
+from ray_train_geo.training.stepping import Synchronous
 
 # With embeddings of 0.02 RMSNorm makes single gradients so steep that fp16 would overflow.
 STEADY = {**LLAMA, "init_std": 0.1}
@@ -47,6 +49,10 @@ def reference(folder: Path, family: str) -> list[StepRecord]:
         ("bf16", "gpt", GRID),
         ("fp16", "gpt", GRID),
         ("bf16", "llama", ["parallelism.layers=[[0,2,6],[0,5,6]]", "training.recompute=true"]),
+        pytest.param(
+            *("bf16", "gpt", [*GRID, "parallelism.schedule=zero-bubble"]), marks=pytest.mark.soak
+        ),
+        ("fp16", "gpt", [*GRID, "parallelism.schedule=zero-bubble", "training.recompute=true"]),
         (
             "fp16",
             "llama",
@@ -182,25 +188,17 @@ def test_one_stage_that_overflows_stops_all(
     folder: Path, witness: Witness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An infinite gradient on rank 3 alone, in step 3 alone."""
-    run_step = StageRuntime._run_step
+    finish = Synchronous.finish
 
-    def spoiled(self: StageRuntime, step: int) -> bool:
-        if step == 3 and self.assignment.rank == 3:
-            agree = self._agree
+    def spoiled(self: Synchronous, loss_sum: float, asked: tuple[bool, bool], last: bool) -> Totals:
+        if (self.step, self._assignment.rank) != (2, 3):
+            return finish(self, loss_sum, asked, last)
+        with monkeypatch.context() as patch:
+            self._state.buffers[0][0] = float("inf")
+            patch.setattr(self._state, "squared_norm", lambda rank: float("inf"))
+            return finish(self, loss_sum, asked, last)
 
-            def spoil(loss_sum: float) -> object:
-                self._state.buffers[0][0] = float("inf")
-                return agree(loss_sum)
-
-            monkeypatch.setattr(self, "_agree", spoil)
-            monkeypatch.setattr(self._state, "squared_norm", lambda rank: float("inf"))
-        try:
-            return run_step(self, step)
-        finally:
-            if step == 3 and self.assignment.rank == 3:
-                monkeypatch.undo()
-
-    monkeypatch.setattr(StageRuntime, "_run_step", spoiled)
+    monkeypatch.setattr(Synchronous, "finish", spoiled)
     job = make_job(folder, *GRID, "training.precision=fp16", "run.name=one-stage")
     records = train(job, until=3).records
     outcome, _ = witness.common()

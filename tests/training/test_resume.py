@@ -56,8 +56,16 @@ def stopped(folder: Path, model: str) -> Start:
     [
         ("gpt", ["parallelism.pipelines=1", "parallelism.stages=1"]),
         ("gpt", ["parallelism.layers=[[0,1,3,6],[0,4,6]]", "parallelism.gradient_sync=central_ps"]),
-        ("gpt", ["parallelism.pipelines=3", "parallelism.stages=1", "parallelism.schedule=gpipe"]),
-        ("gpt", ["parallelism.pipelines=1", "parallelism.layers=[0,1,4,6]"]),
+        pytest.param(
+            "gpt",
+            ["parallelism.pipelines=3", "parallelism.stages=1", "parallelism.schedule=gpipe"],
+            marks=pytest.mark.soak,
+        ),
+        pytest.param(
+            "gpt",
+            ["parallelism.pipelines=1", "parallelism.layers=[0,1,4,6]"],
+            marks=pytest.mark.soak,
+        ),
         ("gpt", ["parallelism.stages=2", "parallelism.microbatches=[2,6]", "training.recompute=1"]),
         ("llama", ["parallelism.pipelines=2", "parallelism.stages=2"]),
         (

@@ -1,0 +1,193 @@
+"""What a stage begins a generation with: initial weights, a checkpoint, or what is in memory.
+
+of an earlier generation of this worker     taken over as it is, not copied
+in a copy here                              copied
+all else                                    streamed from the peers that have it
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+
+from ray_train_geo.model.stage import StageModule, build_stage
+from ray_train_geo.training.assignment import Assignment, Handover, Start
+from ray_train_geo.training.buckets import holders_of, make_buckets
+from ray_train_geo.training.checkpoint import read_tensors
+from ray_train_geo.training.memory import Memory, Snapshot
+from ray_train_geo.training.optimizer import MOMENTS
+from ray_train_geo.training.outer import OUTER_MOMENTUM, OUTER_TOKENS
+from ray_train_geo.training.precision import LossScale
+from ray_train_geo.training.residuals import RESIDUAL, saved_residuals
+from ray_train_geo.training.state import StageState
+from ray_train_geo.transport.state_stream import Address, fetch_all
+
+__all__ = ["Inheritance", "inherit"]
+
+_Tensors = Mapping[str, torch.Tensor]
+
+
+class Inheritance(NamedTuple):
+    """A stage's state at the start of a generation, after ``step`` steps.
+
+    ``seconds`` is how long it took to get it.
+    """
+
+    state: StageState
+    loss_scale: LossScale
+    step: int
+    seconds: float
+
+
+def inherit(assignment: Assignment, device: torch.device, memory: Memory) -> Inheritance:
+    """Build the stage of ``assignment`` on ``device``, with its state.
+
+    A stage that is handed over also becomes what ``memory`` holds live.
+
+    Raises:
+        CheckpointError: the checkpoint can't be read.
+        TransportError: a peer does not give what it should have.
+    """
+    began = time.perf_counter()
+    training, start = assignment.job.training, assignment.start
+    scale, step = LossScale.start(training.precision, training.loss_scale), 0
+    first, last = assignment.plan.stage(assignment.role).layers
+    kept: _Tensors = {}
+    if start is None:
+        module = build_stage(
+            assignment.dims, first, last, seed=training.seed, device=device,
+            recompute=training.recompute,
+        )  # fmt: skip
+    else:
+        if isinstance(start, Handover):
+            kept = _own(memory.live_at(start.step), start)
+        module = _bare_stage(assignment, (first, last), device, kept)
+    sizes = {name: p.numel() for name, p in module.named_parameters()}
+    buckets = make_buckets(
+        sizes,
+        assignment.plan,
+        assignment.dims,
+        assignment.job.parallelism.bucket_bytes,
+        None if assignment.island is None else assignment.island.ranks,
+    )
+    state = StageState(
+        module,
+        training,
+        buckets,
+        kept,
+        local_sgd=assignment.island is not None,
+        feeds_back=assignment.job.codecs.feeds_back,
+    )
+    match start:
+        case Handover():
+            _take_over(assignment, start, state, kept, memory)
+            scale, step = start.loss_scale, start.step
+        case Start(weights_only=True):
+            _load(start, state, ("model",), updates=0)
+        case Start(manifest=manifest):
+            _load(start, state, ("model", *MOMENTS, OUTER_MOMENTUM), manifest.updates)
+            _load_residuals(assignment, start, state)
+            if training.precision == manifest.identity["precision"]:
+                scale = LossScale(manifest.loss_scale, manifest.good_steps)
+            step = manifest.step
+    return Inheritance(state, scale, step, time.perf_counter() - began)
+
+
+def _bare_stage(
+    assignment: Assignment, layers: tuple[int, int], device: torch.device, kept: _Tensors
+) -> StageModule:
+    """A stage around the weights that are ``kept``; the others have no values yet."""
+    with torch.device("meta"):
+        recompute = assignment.job.training.recompute
+        module = StageModule(assignment.dims, *layers, recompute=recompute)
+    weights = {
+        name: kept[f"model.{name}"]
+        if f"model.{name}" in kept
+        else torch.empty(p.shape, device=device)
+        for name, p in module.named_parameters()
+    }
+    module.load_state_dict(weights, assign=True)
+    return module
+
+
+def _own(tensors: _Tensors, start: Handover) -> _Tensors:
+    """Those that stay: what has a source is taken from there."""
+    return {n: t for n, t in tensors.items() if n.partition(".")[2] not in start.sources}
+
+
+def _take_over(
+    assignment: Assignment, start: Handover, state: StageState, kept: _Tensors, memory: Memory
+) -> None:
+    memory.go_back(start.step)
+    copies = _own(memory.copies_at(start.step), start)
+    names = [n for n in state.tensors() if n not in kept and not n.startswith(RESIDUAL)]
+    wanted: dict[Address, list[str]] = {}
+    for name in names:
+        kind, _, weight = name.partition(".")
+        if name in copies or (weight in start.restarts and kind in ("model", OUTER_TOKENS)):
+            continue
+        wanted.setdefault(start.sources[weight], []).append(name)
+    fetched = fetch_all(wanted, assignment.generation, start.step, assignment.deadline_s)
+    found = {**copies, **fetched}
+    state.load({name: found[name] for name in names if name in found}, start.updates)
+    if state.outer is not None:
+        state.outer.restart(sorted(start.restarts))
+        state.refresh()
+    # With what earlier stages of this worker held: peers may still fetch that.
+    live = memory.live_at(start.step)
+    residuals = _residuals(live or memory.copies_at(start.step))
+    tensors = {**live, **state.tensors(), **residuals}
+    memory.hold(Snapshot(start.step, start.updates, start.loss_scale, tensors))
+    if state.residuals is not None:
+        state.residuals.keep(residuals)
+        for inherited in _bequeathed(assignment, start):
+            state.residuals.inherit(inherited)
+
+
+def _residuals(tensors: _Tensors) -> _Tensors:
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(RESIDUAL)}
+
+
+def _bequeathed(assignment: Assignment, start: Handover) -> Iterator[_Tensors]:
+    """Residuals of workers that give layers up, one worker's of each weight at a time."""
+    for turn in range(max(map(len, start.bequests.values()), default=0)):
+        wanted: dict[Address, list[str]] = {}
+        for name, givers in start.bequests.items():
+            if turn < len(givers):
+                wanted.setdefault(givers[turn], []).append(RESIDUAL + name)
+        yield fetch_all(wanted, assignment.generation, start.step, assignment.deadline_s)
+
+
+def _load_residuals(assignment: Assignment, start: Start, state: StageState) -> None:
+    """Those of the checkpoint are dealt out to the holders of now: under its plan as they were."""
+    if state.residuals is None:
+        return
+    for name, saved in saved_residuals(start.manifest.checksums).items():
+        weight = state.weights.get(name.removeprefix(RESIDUAL))
+        if weight is None:
+            continue
+        holders = holders_of(name.removeprefix(RESIDUAL), assignment.plan, assignment.dims)
+        mine = saved[holders.index(assignment.rank) :: len(holders)]
+        host = {one: torch.empty(weight.shape) for one in mine}
+        read_tensors(start.location, start.manifest, host)
+        for tensor in host.values():
+            state.residuals.keep({name: tensor})
+
+
+def _load(start: Start, state: StageState, kinds: tuple[str, ...], updates: int) -> None:
+    """Only what every checkpoint has is asked for: one without local SGD has no outer momentum."""
+    names = {
+        n: t
+        for n, t in state.tensors().items()
+        if (kind := n.partition(".")[0]) in kinds
+        and (kind != OUTER_MOMENTUM or n in start.manifest.checksums)
+    }
+    # One tensor's host copy at a time would reread the files; a stage's state fits the host.
+    host = {n: torch.empty_like(t, device="cpu") for n, t in names.items()}
+    read_tensors(start.location, start.manifest, host)
+    state.load(host, updates)
+    if state.outer is not None:
+        state.outer.rebase()
