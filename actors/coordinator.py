@@ -3,38 +3,37 @@
     run ─▶ generation 1 ─▶ worker lost ─▶ generation 2 ─▶ ... ─▶ finished, stopped or failed
 
 It lives on the driver's node and survives the driver: when the driver is killed (``ray job stop``
-allows it three seconds), the coordinator still stops the run after a step, with a checkpoint.
+allows it three seconds), the coordinator still stops the run after a step, with a checkpoint; or
+goes on, as ``run.on_driver_exit`` says.
+
+It can be killed itself.  Ray starts it again, and the successor goes on from what is in the run
+directory: the workers, which have trained on, go on reporting to it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import threading
 import time
 import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.util import get_node_ip_address
-from torch.distributed import TCPStore
 
-from ray_train_geo.actors.crew import Crew, LostWorkerError
+from ray_train_geo.actors.elastic import ElasticRun
+from ray_train_geo.actors.estate import Estate, Reign
+from ray_train_geo.actors.ledger import Ledger
 from ray_train_geo.actors.recorder import Recorder
-from ray_train_geo.actors.staffing import staff
+from ray_train_geo.actors.reports import Report
+from ray_train_geo.actors.workforce import Workforce, end_workers
 from ray_train_geo.errors import GeoError, RunError, StorageError
-from ray_train_geo.observe.record import metrics_record
-from ray_train_geo.observe.report import write_report
 from ray_train_geo.observe.run_directory import RunDirectory
-from ray_train_geo.observe.trace import Span, chrome_trace, worker_name
-from ray_train_geo.planning.plan import Plan
-from ray_train_geo.spec import JobSpec
-from ray_train_geo.training.assignment import Assignment, Outcome, Start, StepRecord
-from ray_train_geo.training.checkpoint import CheckpointPart, CheckpointStore, read_manifest
-from ray_train_geo.training.collector import CheckpointCollector
-from ray_train_geo.training.identity import check_identity, check_model, identity
+from ray_train_geo.observe.trace import chrome_trace
+from ray_train_geo.training.assignment import Outcome
+from ray_train_geo.training.checkpoint import CheckpointStore
 from ray_train_geo.training.mission import (
     Mission,
     Phase,
@@ -47,21 +46,13 @@ __all__ = ["Coordinator"]
 
 _remote: Any = ray.remote  # its stubs don't know concurrency groups
 
-_DRIVER_SILENCE_S = 45.0
 _REPORTS_DEADLINE_S = 600.0
-_BUILD_DEADLINE_S = 900.0
+_LOCK_DEADLINE_S = 10.0
+_LOCK_RETRY_S = 0.1
 
 
 class _StoppedError(Exception):
     """The run was stopped while it waited for devices."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Generation:
-    number: int
-    plan: Plan
-    crew: Crew
-    collector: CheckpointCollector
 
 
 class _Coordinator:
@@ -74,21 +65,24 @@ class _Coordinator:
     def __init__(self, mission: Mission, handle: Any) -> None:
         self._mission = mission
         self._job = mission.job
-        self._handle = handle
         run = RunDirectory.open(mission.job.run.directory)
-        self._held = run.hold()  # until this process ends
+        self._held = _hold(run)  # until this process ends
         self._recorder = Recorder(run)
         self._store = CheckpointStore(checkpoint_root(mission.job))
-        self._identity = identity(mission.job, mission.dims, mission.data_fingerprint)
+        self._ledger = Ledger(mission, self._store, self._recorder)
+        self._left = Estate.load(run, mission.session)
+        incarnation = 1 if self._left is None else self._left.incarnation + 1
+        self._estate = Estate(mission.session, incarnation)
+        self._workforce = Workforce(mission.session, incarnation, handle)
+        self._elastic = ElasticRun(
+            mission, self._store, self._recorder, self._ledger, self._workforce, self._keep,
+            self._enter, self._watch, self._watch_for_stop,
+        )  # fmt: skip
         self._phase: Phase = "starting"
         self._summary: Summary | None = None
         self._stop_reason: str | None = None
         self._stop_lock = threading.Lock()
-        self._generation: _Generation | None = None
-        self._step = 0
-        self._saved: tuple[int, str] | None = None
-        self._saving_since: dict[int, float] = {}
-        self._traces: dict[int, tuple[str, list[Span]]] = {}
+        self._books_open = threading.Event()
         self._driver_seen = time.monotonic()
 
     # ------------------------------------------------------------------ called by the driver
@@ -104,7 +98,8 @@ class _Coordinator:
         except BaseException as e:
             path = self._recorder.traceback("coordinator", {}, traceback.format_exc())
             phase, error = "failed", RunError(f"the coordinator failed: {e!r} (traceback: {path})")
-        self._finish(phase, error)
+        if self._summary is None:
+            self._finish(phase, error)
 
     def stop(self, reason: str) -> None:
         """Stop after the step that is running, with a checkpoint."""
@@ -112,208 +107,127 @@ class _Coordinator:
             if self._stop_reason is not None or self._summary is not None:
                 return
             self._stop_reason = reason
-        self._recorder.event("stop", reason=reason, step=self._step)
-        generation = self._generation
-        if generation is not None:
+        self._recorder.event("stop", reason=reason, step=self._ledger.step)
+        if self._phase != "starting":
             self._phase = "stopping"
-            generation.crew.interrupt()
+        self._elastic.stop()
 
-    def progress(self) -> Progress:
-        """What is new since the last call; each thing is handed out once."""
+    def progress(self, after_step: int, events_known: int) -> Progress:
+        """What a follower does not know yet; see :meth:`Recorder.news`."""
         self._driver_seen = time.monotonic()
         summary = self._summary  # before the news: what comes with it is then complete
-        return Progress(self._phase, *self._recorder.news(), summary)
+        return Progress(self._phase, *self._recorder.news(after_step, events_known), summary)
 
     def status(self) -> dict[str, Any]:
         """The run's state, for anyone who asks."""
         return {
             "name": self._job.run.name,
             "phase": self._phase,
-            "step": self._step,
+            "step": self._ledger.step,
             "steps": self._mission.last_step,
-            "generation": self._generation.number if self._generation else 0,
+            "generation": self._elastic.generation,
             "path": str(self._recorder.run.path),
         }
 
-    # ------------------------------------------------------------------ called by the workers
+    # ------------------------------------------------------------------ called by workers
 
-    def committed(self, number: int, record: StepRecord) -> None:
-        """Rank 0 tells of a committed step."""
-        generation = self._generation
-        if generation is None or number != generation.number:
-            return  # of a generation that has ended
-        self._step = record.step
-        self._recorder.metrics(
-            metrics_record(
-                **dataclasses.asdict(record),
-                tokens=self._job.training.tokens_per_step,
-                predicted_step_s=generation.plan.predicted_step_s,
-                generation=number,
-                bytes_per_token=self._mission.bytes_per_token,
-            )
-        )
-
-    def part_written(
-        self, number: int, step: int, part: CheckpointPart, state: Mapping[str, Any]
-    ) -> None:
-        """A worker's part of a checkpoint is on storage; the last one publishes it."""
-        generation = self._generation
-        if generation is None or number != generation.number:
-            return
-        began = self._saving_since.setdefault(step, time.monotonic())
-        try:
-            manifest = generation.collector.add(step, part, state)
-        except StorageError as e:
-            self._recorder.fail(e)
-            return
-        if manifest is None:
-            return
-        self._recorder.event(
-            "checkpoint",
-            step=step,
-            path=self._store.location(step),
-            seconds=time.monotonic() - began,
-            bytes=sum(manifest.files.values()),
-            generation=number,
-        )
-        with self._recorder.changed:
-            self._saved = (step, self._store.location(step))
-            self._recorder.changed.notify_all()
-
-    def part_failed(self, number: int, step: int, rank: int, error: StorageError) -> None:
-        """A worker could not write its part: the run ends, older checkpoints stay."""
-        if self._generation is not None and number == self._generation.number:
-            self._recorder.fail(error)
+    def hear(self, reports: Sequence[Report]) -> None:
+        """Enter what a worker reports, in its order."""
+        self._books_open.wait()
+        for report in reports:
+            self._ledger.hear(report)
 
     # ------------------------------------------------------------------ the run
 
     def _train(self) -> Phase:
-        mission, recorder = self._mission, self._recorder
-        recorder.event("start", pid=os.getpid(), steps=mission.last_step, resume=mission.resume)
-        start, failures, number = self._first_start(), 0, 1
-        while True:
-            try:
-                outcome = self._train_generation(number, start)
-                break
-            except LostWorkerError as e:
-                failures, number, step = failures + 1, number + 1, self._step
-                recorder.event("failure", message=str(e), generation=number - 1, step=step)
-                if failures > self._job.failure.max_failures or self._stop_reason is not None:
-                    raise e.error from None
-                start = self._restart()
-                recorder.event("restore", step=self._step, lost_steps=step - self._step)
-        # The workers' last reports may still be on their way.
+        if self._left is None:
+            self._recorder.event(
+                "start",
+                pid=os.getpid(),
+                steps=self._mission.last_step,
+                resume=self._mission.resume,
+                address=ray.get_runtime_context().gcs_address,
+            )
+            self._estate.save(self._recorder.run)
+            return self._phase_after(self._begin())
+        reign = self._succeed(self._left)
+        if self._summary is not None:
+            return self._summary.phase
+        return self._phase_after(self._begin() if reign is None else self._go_on(reign))
+
+    def _begin(self) -> Outcome:
+        """Begin at the beginning; whoever a predecessor has started is of no use."""
+        end_workers(self._mission.session)
+        self._store.clean()
+        start = self._ledger.first_start()
+        self._books_open.set()
+        return self._elastic.train(start)
+
+    def _go_on(self, reign: Reign) -> Outcome:
+        """Go on with the workers of a predecessor."""
+        self._ledger.take_up(reign.generation, reign.plan)
+        self._books_open.set()
+        return reign.outcome or self._elastic.train(None)
+
+    def _succeed(self, left: Estate) -> Reign | None:
+        """Take up what a predecessor has left: its record, a wish to stop, workers.
+
+        Raises:
+            RunError: one coordinator after the other was killed.
+        """
+        recorder = self._recorder
+        recorder.take_up()
+        self._summary = left.summary
+        if left.summary is not None:
+            return None
+        step = recorder.step()
+        failures = 1 if step > left.step else left.failures + 1
+        self._estate = dataclasses.replace(
+            left, incarnation=left.incarnation + 1, step=step, failures=failures
+        )
+        self._estate.save(recorder.run)
+        if failures > self._job.failure.max_failures:
+            raise RunError(
+                f"the coordinator was killed {failures} times with no step committed between; the "
+                "newest checkpoint can be resumed from"
+            )
+        if (stop := recorder.said("stop")) is not None and self._stop_reason is None:
+            self._stop_reason = stop["reason"]
+            self._elastic.stop()
+        adopted, away_s = 0, None
+        if left.reign is not None and left.reign.outcome is None:
+            adopted, away_s = self._elastic.adopt(left.reign)
+        recorder.event(
+            "coordinator",
+            pid=os.getpid(),
+            incarnation=self._estate.incarnation,
+            step=step,
+            adopted=adopted,
+            away_s=away_s,
+        )
+        return left.reign
+
+    def _keep(self, reign: Reign) -> None:
+        """For a successor: nothing comes into force before it is written down."""
+        self._estate = dataclasses.replace(self._estate, reign=reign)
+        self._estate.save(self._recorder.run)
+
+    def _phase_after(self, outcome: Outcome) -> Phase:
+        recorder, ledger = self._recorder, self._ledger
+        # All workers' reports have been heard; storage may still be at work.
         if not recorder.wait_for(
-            lambda: self._step >= outcome.step and (self._saved or (0, ""))[0] >= outcome.step,
+            lambda: ledger.step >= outcome.step and (ledger.saved or (0, ""))[0] >= outcome.step,
             _REPORTS_DEADLINE_S,
         ):
             raise StorageError(
                 f"the checkpoint of step {outcome.step} was not complete after "
-                f"{_REPORTS_DEADLINE_S:g} s; the newest complete one: {self._saved}"
+                f"{_REPORTS_DEADLINE_S:g} s; the newest complete one: {ledger.saved}"
             )
         return "finished" if outcome.step >= self._job.training.steps else "stopped"
 
-    def _first_start(self) -> Start | None:
-        location = self._mission.resume
-        if location is None:
-            return self._initial_weights()
-        manifest = read_manifest(location)
-        check_identity(manifest.identity, self._identity, f"checkpoint {location}")
-        aside = self._store.set_aside_after(manifest.step)
-        self._recorder.run.truncate_metrics(manifest.step)
-        self._recorder.event("resume", step=manifest.step, path=location, set_aside=aside)
-        self._step, self._saved = manifest.step, (manifest.step, location)
-        return Start(location, manifest)
-
-    def _initial_weights(self) -> Start | None:
-        source = self._job.model.init_from
-        if source is None:
-            return None
-        manifest = read_manifest(source)
-        check_model(manifest.identity, self._mission.dims, f"model.init_from {source}")
-        return Start(source, manifest, weights_only=True)
-
-    def _restart(self) -> Start | None:
-        """State for the next generation: the newest complete checkpoint, else the beginning."""
-        newest = self._store.newest() or self._mission.resume
-        manifest = read_manifest(newest) if newest is not None else None
-        self._step = manifest.step if manifest else 0
-        self._recorder.run.truncate_metrics(self._step)
-        if newest is None or manifest is None:
-            return self._initial_weights()
-        return Start(newest, manifest)
-
-    def _train_generation(self, number: int, start: Start | None) -> Outcome:
-        self._store.clean()
-        plan, crew = staff(
-            self._mission,
-            self._store,
-            self._recorder,
-            self._handle,
-            after_loss=number > 1,
-            watch=self._watch_for_stop,
-        )
-        try:
-            collector = CheckpointCollector(
-                self._store,
-                number,
-                plan.world_size,
-                self._identity,
-                plan.to_json(),
-                self._job.checkpoint.keep,
-            )
-            generation = _Generation(number, plan, crew, collector)
-            self._build(generation, start)
-            self._generation = generation
-            self._phase = "training"
-            if self._stop_reason is not None:
-                crew.interrupt()
-            try:
-                return crew.run(self._mission.last_step, self._watch)
-            finally:
-                self._collect_traces(generation)
-        finally:
-            crew.dismiss()
-
-    def _build(self, generation: _Generation, start: Start | None) -> None:
-        mission, plan, crew = self._mission, generation.plan, generation.crew
-        host, transport = get_node_ip_address(), crew.transport()
-        # Kept for the generation's life: it is where the workers find each other.
-        self._rendezvous = TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        assignments = [
-            Assignment(
-                job=mission.job,
-                dims=mission.dims,
-                plan=plan,
-                rank=role.rank,
-                generation=generation.number,
-                hostname=crew.info(role.rank).address,
-                deadline_s=_deadline_s(mission.job, plan),
-                checkpoint_root=self._store.root,
-                transport=transport,
-                data_fingerprint=mission.data_fingerprint,
-                start=start,
-            )
-            for role in plan.roles()
-        ]
-        crew.build(assignments, host, self._rendezvous.port, _BUILD_DEADLINE_S)
-        workers = [
-            {
-                "rank": role.rank,
-                "pid": crew.info(role.rank).pid,
-                "node_id": crew.info(role.rank).node_id,
-                "host": crew.info(role.rank).host,
-                "region": crew.device(role.rank).region,
-                "pipeline": role.pipeline,
-                "stage": role.stage,
-                "layers": list(plan.stage(role).layers),
-                "device": plan.stage(role).device,
-            }
-            for role in plan.roles()
-        ]
-        self._recorder.event(
-            "generation", generation=generation.number, transport=transport, workers=workers
-        )
+    def _enter(self, phase: Phase) -> None:
+        with self._stop_lock:
+            self._phase = phase if self._stop_reason is None else "stopping"
 
     def _watch_for_stop(self) -> None:
         """Called while the run waits for devices: there is nothing to save yet."""
@@ -325,29 +239,27 @@ class _Coordinator:
         """Called while the workers run: what else can end the run?"""
         if self._recorder.fatal is not None:
             raise self._recorder.fatal
-        if time.monotonic() - self._driver_seen > _DRIVER_SILENCE_S:
+        settings = self._job.run
+        if settings.on_driver_exit == "continue":
+            return
+        if time.monotonic() - self._driver_seen > settings.driver_patience_s:
             self.stop("the driver is gone")
 
     # ------------------------------------------------------------------ the end
 
-    def _collect_traces(self, generation: _Generation) -> None:
-        roles = {role.rank: role for role in generation.plan.roles()}
-        for rank, spans in generation.crew.traces().items():
-            role, info = roles[rank], generation.crew.info(rank)
-            layers = generation.plan.stage(role).layers
-            name = worker_name(rank, role.pipeline, role.stage, layers, info.host)
-            self._traces.setdefault(rank, (name, []))[1].extend(spans)
-
     def _finish(self, phase: Phase, error: GeoError | None) -> None:
         """Write the last records; what fails here must not hide how the run ended."""
-        checkpoint = self._saved[1] if self._saved else None
-        run, recorder = self._recorder.run, self._recorder
+        from ray_train_geo.observe.report import write_report  # it draws: slow to import
+
+        end_workers(self._mission.session)
+        checkpoint = self._ledger.saved[1] if self._ledger.saved else None
+        run, recorder, step = self._recorder.run, self._recorder, self._ledger.step
         if error is not None:
-            recorder.event("error", message=str(error), kind=type(error).__name__, step=self._step)
-        recorder.event("finish", phase=phase, step=self._step, checkpoint=checkpoint)
+            recorder.event("error", message=str(error), kind=type(error).__name__, step=step)
+        recorder.event("finish", phase=phase, step=step, checkpoint=checkpoint)
         try:
-            if any(spans for _, spans in self._traces.values()):
-                run.write_json("trace.json", chrome_trace(self._traces), indent=None)
+            if any(spans for _, spans in self._elastic.traces.values()):
+                run.write_json("trace.json", chrome_trace(self._elastic.traces), indent=None)
             write_report(run)
         except GeoError as e:
             recorder.fail(e)
@@ -355,56 +267,53 @@ class _Coordinator:
             recorder.traceback("report", {}, traceback.format_exc())
         if error is None and recorder.fatal is not None:
             phase, error = "failed", recorder.fatal
-        self._phase = phase
-        self._summary = Summary(phase, self._step, checkpoint, str(run.path), error)
+        summary = Summary(phase, step, checkpoint, str(run.path), error)
+        with contextlib.suppress(StorageError):  # then a successor would only do this again
+            dataclasses.replace(self._estate, summary=summary).save(run)
+        self._phase, self._summary = phase, summary
+
+
+def _hold(run: RunDirectory) -> int:
+    """Hold the run directory, once a predecessor's process has let go of it."""
+    until = time.monotonic() + _LOCK_DEADLINE_S
+    while time.monotonic() < until:
+        with contextlib.suppress(StorageError):
+            return run.hold()
+        time.sleep(_LOCK_RETRY_S)
+    return run.hold()
 
 
 @_remote(concurrency_groups={"control": 2, "reports": 1}, num_cpus=0)
 class Coordinator:
-    """The actor: ``run`` takes the run's time, ``reports`` keep their order."""
+    """The actor: it trains in a thread of its own; ``reports`` keep their order."""
 
     def __init__(self, mission: Mission) -> None:
-        handle = ray.get_runtime_context().current_actor
-        self._coordinator = _Coordinator(mission, handle)
+        self._handle = ray.get_runtime_context().current_actor
+        self._coordinator = _Coordinator(mission, self._handle)
+        self._patience_s = mission.job.run.driver_patience_s
+        # Not for the driver to call: a successor may have none.  Nor for the actor itself: Ray
+        # fails a call to an actor that it is starting again.
+        threading.Thread(target=self._live, name="run", daemon=True).start()
 
-    def run(self) -> None:
+    def _live(self) -> None:
         self._coordinator.run()
         # A driver that lives fetches the summary and ends this actor; if it is dead, nobody else
         # would.
-        time.sleep(_DRIVER_SILENCE_S)
-        ray.actor.exit_actor()
+        time.sleep(self._patience_s)
+        ray.kill(self._handle)
 
     @ray.method(concurrency_group="control")
     def stop(self, reason: str) -> None:
         self._coordinator.stop(reason)
 
     @ray.method(concurrency_group="control")
-    def progress(self) -> Progress:
-        return self._coordinator.progress()
+    def progress(self, after_step: int, events_known: int) -> Progress:
+        return self._coordinator.progress(after_step, events_known)
 
     @ray.method(concurrency_group="control")
     def status(self) -> dict[str, Any]:
         return self._coordinator.status()
 
     @ray.method(concurrency_group="reports")
-    def committed(self, generation: int, record: StepRecord) -> None:
-        self._coordinator.committed(generation, record)
-
-    @ray.method(concurrency_group="reports")
-    def part_written(
-        self, generation: int, step: int, part: CheckpointPart, state: dict[str, Any]
-    ) -> None:
-        self._coordinator.part_written(generation, step, part, state)
-
-    @ray.method(concurrency_group="reports")
-    def part_failed(self, generation: int, step: int, rank: int, error: StorageError) -> None:
-        self._coordinator.part_failed(generation, step, rank, error)
-
-
-def _deadline_s(job: JobSpec, plan: Plan) -> float:
-    """Longest wait for one message.
-
-    Ten times the whole predicted step, as a prediction may be off and a machine may be loaded,
-    and a minute on top for what is slow once: cold links, first kernels, a data file's pages.
-    """
-    return job.failure.deadline_s or 60.0 + 10.0 * plan.predicted_step_s
+    def hear(self, reports: Sequence[Report]) -> None:
+        self._coordinator.hear(reports)

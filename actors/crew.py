@@ -1,41 +1,60 @@
-"""The workers of a generation, as one: start them, call them all, find out who failed first."""
+"""A run's workers, as one: start them, call them all, find out who failed first.
+
+A crew outlives generations: those that are lost leave it, and recruits join it.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util import get_node_ip_address
+from torch.distributed import TCPStore
 
+from ray_train_geo.actors.calls import Calls, LostWorkerError
+from ray_train_geo.actors.estate import Reign
 from ray_train_geo.actors.recorder import Recorder
-from ray_train_geo.actors.stage_worker import StageWorker, WorkerInfo
-from ray_train_geo.cluster.topology import DEFAULT_LINK, Device, Link
-from ray_train_geo.errors import ClusterError, GeoError, TransportError, WorkerError
+from ray_train_geo.actors.stage_worker import WorkerInfo
+from ray_train_geo.actors.workforce import Workforce, end_worker, take_over
+from ray_train_geo.cluster.probing import Place
+from ray_train_geo.cluster.topology import Device
+from ray_train_geo.errors import ClusterError, TransportError
 from ray_train_geo.model.catalog import ModelDims
 from ray_train_geo.observe.trace import Span
 from ray_train_geo.planning.plan import Plan
 from ray_train_geo.spec import JobSpec
 from ray_train_geo.training.assignment import Assignment, Outcome
+from ray_train_geo.training.gauge import Observed
+from ray_train_geo.training.mission import Mission
+from ray_train_geo.training.standing import Standing, Totals
+from ray_train_geo.transport.pulse import Pulse
+from ray_train_geo.transport.reading import Station
 
-__all__ = ["Crew", "LostWorkerError"]
+__all__ = ["Crew", "LostWorkerError", "Spot"]
 
 _HELLO_DEADLINE_S = 180.0
-_PING_DEADLINE_S = 60.0
-_POLL_S = 0.5
-_WITNESS_S = 3.0
-_TRACE_DEADLINE_S = 30.0
+_ASK_DEADLINE_S = 60.0
+_STANDING_DEADLINE_S = 20.0
+_TRACE_DEADLINE_S = 2.0
+_OBSERVED_DEADLINE_S = 1.0
 
 
-class LostWorkerError(Exception):
-    """A worker or a link was lost: what was computed is sound, and may go on without it."""
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """A node, as one of its workers knows it.
 
-    def __init__(self, error: GeoError) -> None:
-        super().__init__(str(error))
-        self.error = error
+    Args:
+        device: that worker's.
+    """
+
+    place: Place
+    station: Station
+    device: str
 
 
 class Crew:
@@ -43,18 +62,50 @@ class Crew:
 
     Args:
         devices: where to start workers.
-        coordinator: the actor that workers report to.
+        workforce: starts them.
     """
 
     def __init__(
-        self, devices: Sequence[Device], job: JobSpec, coordinator: Any, recorder: Recorder
+        self, devices: Sequence[Device], job: JobSpec, workforce: Workforce, recorder: Recorder
     ) -> None:
         self._job = job
-        self._recorder = recorder
-        self.devices = tuple(devices)
-        self._workers = {d.id: _start(d, job, coordinator) for d in devices}
+        self._devices = {d.id: d for d in devices}
+        started = {d.id: workforce.start(d, job) for d in devices}
+        self._names = {device: name for device, (name, _) in started.items()}
+        self._workers = {device: worker for device, (_, worker) in started.items()}
         self._infos: dict[str, WorkerInfo] = {}
         self._ranks: list[str] = []
+        self._begun: Mapping[str, int] = {}
+        self._generation = 0
+        self._rendezvous: TCPStore | None = None
+        self._pulse = Pulse()
+        self._calls = Calls(recorder, self._name, self.lost, self.abort)
+
+    def adopt(self, session: str, reign: Reign) -> float | None:
+        """Take over those of a predecessor's workers that are still there; others end.
+
+        Returns:
+            For how long they have heard from no coordinator, in seconds, if one says so.
+        """
+        workers = reign.workers
+        found, said = take_over(session, {d: name for d, (name, _) in workers.items()})
+        self._workers |= found
+        self._begun = {device: adopted.begun for device, adopted in said.items()}
+        self._names |= {device: workers[device][0] for device in found}
+        self._devices |= {d.id: d for d in reign.topology.devices if d.id in found}
+        # Of those that are gone, too: messages say where they were.
+        self._infos |= {device: info for device, (_, info) in workers.items()}
+        self._watch(found)
+        silences = (adopted.silence_s for adopted in said.values())
+        return min((s for s in silences if s is not None), default=None)
+
+    def roster(self) -> dict[str, tuple[str, WorkerInfo]]:
+        """Name and whereabouts of every worker, by device id: what :meth:`adopt` takes."""
+        return {d: (self._names[d], self._infos[d]) for d in self._workers}
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        return tuple(self._devices.values())
 
     def hello(self, dims: ModelDims, checkpoint_root: str, probe: str) -> Mapping[str, WorkerInfo]:
         """Where every worker is and how fast, by device id.
@@ -68,55 +119,76 @@ class Crew:
             for device, worker in self._workers.items()
         }
         try:
-            self._infos = self._all(calls, _HELLO_DEADLINE_S)
+            self._infos = self._calls.all(calls, _HELLO_DEADLINE_S)
         except GetTimeoutError:
             raise ClusterError(
                 f"Ray did not start all {len(calls)} workers within {_HELLO_DEADLINE_S:g} s; are "
                 "the resources in scaling.resources_per_worker still free?"
             ) from None
+        self._watch(self._infos)
         return self._infos
 
-    def links(self) -> dict[tuple[str, str], Link]:
-        """The links between all pairs of the crew's nodes, with measured latency.
+    def warm_up(self, mission: Mission) -> None:
+        """All workers do what takes long the first time, such as to open the job's data.
 
-        One worker of each node pings one of every other.  Bandwidth is not measured: it is that of
-        the default link.
+        Raises:
+            GeoError: the first worker that can't.
+            LostWorkerError: a worker was lost.
+        """
+        what = mission.job, mission.dims, mission.data_fingerprint
+        calls = {device: worker.warm_up.remote(*what) for device, worker in self._workers.items()}
+        self._calls.all(calls, _HELLO_DEADLINE_S)
+
+    def measured(self, devices: Sequence[Device]) -> None:
+        """What is known of the devices by now."""
+        self._devices = {d.id: d for d in devices}
+
+    def spots(self) -> dict[str, Spot]:
+        """One worker of each node."""
+        found = {}
+        for device in reversed(self._workers):
+            info = self._infos[device]
+            place = Place(info.node_id, self._devices[device].region, info.address)
+            found[info.node_id] = Spot(place, info.station, device)
+        return found
+
+    def ask(self, method: str, arguments: Mapping[str, tuple[Any, ...]], what: str) -> Any:
+        """Call ``method`` of several workers: their answers, by device id.
+
+        Args:
+            what: they do by that, if it takes too long.
 
         Raises:
             LostWorkerError: a worker is gone, or can't reach another.
         """
-        first = {info.node_id: device for device, info in reversed(self._infos.items())}
-        places = {n: (self._infos[d].address, self._infos[d].ping_port) for n, d in first.items()}
-        if len(places) < 2:
-            return {}
-        calls = {
-            device: self._workers[device].ping.remote(
-                {n: p for n, p in places.items() if n != node}
-            )
-            for node, device in first.items()
-        }
+        calls = {d: getattr(self._workers[d], method).remote(*a) for d, a in arguments.items()}
         try:
-            answers = self._all(calls, _PING_DEADLINE_S)
+            return self._calls.all(calls, _ASK_DEADLINE_S)
         except GetTimeoutError:
-            error = TransportError(f"the nodes did not ping each other in {_PING_DEADLINE_S:g} s")
+            error = TransportError(f"{what} took more than {_ASK_DEADLINE_S:g} s")
             raise LostWorkerError(error) from None
-        return {
-            (node, other): Link(round_trip / 2, DEFAULT_LINK.bandwidth_bytes_per_s)
-            for node, device in first.items()
-            for other, round_trip in answers[device].items()
-        }
 
-    def assign(self, plan: Plan) -> None:
-        """Give out the plan's roles; workers without one end."""
+    def release_unused(self, plan: Plan) -> None:
+        """End the workers that ``plan`` has no role for."""
+        self.drop(set(self._workers) - {d.id for d in plan.devices})
+
+    def assign(self, generation: int, plan: Plan) -> None:
+        """Give out the plan's roles; workers without one wait for the next plan."""
+        self._generation = generation
         self._ranks = [plan.stage(role).device for role in plan.roles()]
-        for device in set(self._workers) - set(self._ranks):
-            _kill(self._workers.pop(device))
 
-    def info(self, rank: int) -> WorkerInfo:
-        return self._infos[self._ranks[rank]]
+    def info(self, device: str) -> WorkerInfo:
+        return self._infos[device]
 
-    def device(self, rank: int) -> Device:
-        return next(d for d in self.devices if d.id == self._ranks[rank])
+    def join(self, recruits: Crew) -> None:
+        """Take over all workers of another crew, which is empty afterwards."""
+        self._devices |= recruits._devices
+        self._workers |= recruits._workers
+        self._infos |= recruits._infos
+        self._names |= recruits._names
+        self._watch(recruits._workers)
+        recruits._workers = {}
+        recruits.dismiss()
 
     def transport(self) -> Literal["gloo", "nccl"]:
         """What the job asks for, or the best that all workers can use.
@@ -126,7 +198,7 @@ class Crew:
         """
         wanted = self._job.parallelism.transport
         gpus = self._job.scaling.resources_per_worker.get("GPU", 0.0)
-        without = [self.info(r) for r in range(len(self._ranks)) if not self.info(r).nccl]
+        without = [self._infos[d] for d in self._ranks if not self._infos[d].nccl]
         if wanted == "nccl" and (without or gpus < 1):
             where = f"{without[0].host} ({without[0].device})" if without else "a shared GPU"
             raise ClusterError(
@@ -135,164 +207,195 @@ class Crew:
             )
         return "gloo" if wanted == "gloo" or without or gpus < 1 else "nccl"
 
-    def build(
-        self, assignments: Sequence[Assignment], host: str, port: int, within_s: float
-    ) -> None:
-        """All workers take their roles.
+    def build(self, assignments: Sequence[Assignment], within_s: float) -> float:
+        """All workers take their roles; those without one give of the state that they have.
+
+        Returns:
+            Seconds until the last one had its state.
 
         Raises:
             GeoError: what the first worker to fail raised.
             LostWorkerError: a worker or link was lost.
         """
-        calls = {a.rank: self._worker(a.rank).build.remote(a, host, port) for a in assignments}
+        for device in set(self._workers) - set(self._ranks):
+            self._workers[device].give.remote(self._generation)
+        # Where the workers find each other.  Its end releases whoever waits for one to come.
+        host = get_node_ip_address()
+        self._rendezvous = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        port = self._rendezvous.port
+        calls = {
+            self._ranks[a.rank]: self._worker(a.rank).build.remote(a, host, port)
+            for a in assignments
+        }
         try:
-            self._all(calls, within_s)
+            return max(map(float, self._calls.all(calls, within_s, self._watch_pulse).values()))
         except GetTimeoutError:
             error = TransportError(f"the workers did not find each other within {within_s:g} s")
             raise LostWorkerError(error) from None
 
-    def run(self, until: int, watch: Callable[[], None]) -> Outcome:
+    def run(self, until: int, watch: Callable[[], None], begun: bool = False) -> Outcome:
         """All workers run steps; ``watch`` is called all the while and may raise.
+
+        Args:
+            begun: they do already, for a predecessor.
 
         Raises:
             GeoError, LostWorkerError: as :meth:`build`; or what ``watch`` raised.
         """
-        calls = {rank: self._worker(rank).run.remote(until) for rank in range(len(self._ranks))}
-        outcome: Outcome = self._all(calls, None, watch)[0]
+
+        def both() -> None:
+            self._watch_pulse()
+            watch()
+
+        for device in self._ranks:
+            if device not in self._workers:
+                raise self._calls.loss(device, "it died while there was no coordinator")
+            if begun and self._begun.get(device, self._generation) != self._generation:
+                raise LostWorkerError(TransportError("the generation was not built everywhere"))
+        workers = {device: self._workers[device] for device in self._ranks}
+        calls = {
+            device: worker.outcome.remote(self._generation) if begun else worker.run.remote(until)
+            for device, worker in workers.items()
+        }
+        outcome: Outcome = self._calls.all(calls, None, both)[self._ranks[0]]
         return outcome
 
-    def interrupt(self) -> None:
+    def stop(self) -> None:
         """Ask all workers to stop after a step (the same one for all)."""
-        for worker in self._workers.values():
-            worker.interrupt.remote()
+        for worker in list(self._workers.values()):
+            worker.stop.remote()
 
-    def traces(self) -> dict[int, list[Span]]:
-        """What the workers recorded; those that don't answer are left out."""
+    def pause(self) -> None:
+        """Ask all workers to end the generation after a step, for the next one."""
+        for worker in list(self._workers.values()):
+            worker.pause.remote(self._generation)
+
+    def observed(self) -> dict[str, Observed]:
+        """What workers measured since the last call, by device; from any thread.
+
+        Who does not answer at once is left out.
+        """
+        calls = {worker.observe.remote(): d for d, worker in list(self._workers.items())}
+        if not calls:
+            return {}
+        done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_OBSERVED_DEADLINE_S)
+        seen: dict[str, Observed] = {}
+        for call in done:
+            with contextlib.suppress(RayError):
+                answer: Observed | None = ray.get(call)
+                if answer is not None:
+                    seen[calls[call]] = answer
+        return seen
+
+    # ------------------------------------------------------------------ between generations
+
+    def lost(self) -> dict[str, str]:
+        """Devices that have stopped answering, and how that showed."""
+        return {d: why for d, why in self._pulse.lost().items() if d in self._workers}
+
+    def silence_s(self, device: str) -> float:
+        return self._pulse.silence_s(device)
+
+    def abort(self) -> None:
+        """End the generation everywhere at once."""
+        self._rendezvous = None
+        for worker in list(self._workers.values()):
+            worker.abort.remote(self._generation)
+
+    def standings(self, after: int, within_s: float = 0.0) -> dict[str, Standing]:
+        """Where all stand whose generation has ended; those that don't answer leave the crew.
+
+        Args:
+            after: only records of later steps are wanted.
+            within_s: what a worker may take to notice that, beyond some seconds for its answer.
+
+        Raises:
+            GeoError: a worker raised something of its own.
+        """
+        calls = {device: worker.standing.remote(after) for device, worker in self._workers.items()}
+        return self._from_survivors(calls, within_s)
+
+    def settle(self, behind: Collection[str], totals: Totals, after: int) -> dict[str, Standing]:
+        """The workers ``behind`` commit what others have; otherwise as :meth:`standings`."""
+        calls = {device: self._workers[device].settle.remote(totals, after) for device in behind}
+        return self._from_survivors(calls)
+
+    def _from_survivors(self, calls: Mapping[str, Any], within_s: float = 0.0) -> dict[str, Any]:
+        answers, gone = self._calls.survivors(calls, _STANDING_DEADLINE_S + within_s)
+        self.drop(gone)
+        return answers
+
+    def roll(self, plan: Plan) -> list[dict[str, Any]]:
+        """Who plays which role of ``plan``, as plain JSON."""
+        return [
+            {
+                "rank": role.rank,
+                "pid": self._infos[device].pid,
+                "node_id": self._infos[device].node_id,
+                "host": self._infos[device].host,
+                "region": self._devices[device].region,
+                "pipeline": role.pipeline,
+                "stage": role.stage,
+                "layers": list(plan.stage(role).layers),
+                "device": device,
+            }
+            for role in plan.roles()
+            for device in [plan.stage(role).device]
+        ]
+
+    def traces(self) -> dict[int, tuple[str, list[Span]]]:
+        """Host and what was recorded there, by rank; those that don't answer are left out."""
         spans = {}
-        calls = {r: self._worker(r).trace.remote() for r in range(len(self._ranks))}
+        calls = {
+            rank: self._workers[device].trace.remote()
+            for rank, device in enumerate(self._ranks)
+            if device in self._workers
+        }
         for rank, call in calls.items():
             with contextlib.suppress(RayError):
-                spans[rank] = ray.get(call, timeout=_TRACE_DEADLINE_S)
+                host = self._infos[self._ranks[rank]].host
+                spans[rank] = host, ray.get(call, timeout=_TRACE_DEADLINE_S)
         return spans
+
+    def drop(self, devices: Collection[str]) -> None:
+        """End the workers of ``devices``; they are no longer of the crew."""
+        for device in list(devices):
+            worker = self._workers.pop(device, None)
+            if worker is not None:
+                end_worker(worker)
+            self._devices.pop(device, None)
+            self._names.pop(device, None)
+            self._pulse.forget(device)
 
     def dismiss(self) -> None:
         """End all workers."""
-        for worker in self._workers.values():
-            _kill(worker)
-        self._workers = {}
+        self.drop(list(self._workers))
+        self._pulse.close()
 
-    # ------------------------------------------------------------------ calling all workers
+    # ------------------------------------------------------------------ names
 
     def _worker(self, rank: int) -> Any:
         return self._workers[self._ranks[rank]]
 
-    def _all(
-        self,
-        calls: Mapping[Any, Any],
-        within_s: float | None,
-        watch: Callable[[], None] | None = None,
-    ) -> dict[Any, Any]:
-        """Results of ``calls`` by key; the first failure aborts the other workers' calls."""
-        deadline = None if within_s is None else time.monotonic() + within_s
-        keys, results = {call: key for key, call in calls.items()}, dict[Any, Any]()
-        while len(results) < len(calls):
-            waiting = [c for c in keys if keys[c] not in results]
-            done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
-            if not done:
-                done, _ = ray.wait(waiting, num_returns=1, timeout=_POLL_S)
-            try:
-                for call in done:
-                    key = keys[call]
-                    results[key] = ray.get(call)
-                if watch is not None:
-                    watch()
-            except RayError as e:
-                self._abort()
-                raise self._root_cause(keys, key, e) from None
-            except BaseException:
-                self._abort()
-                raise
-            if deadline is not None and time.monotonic() > deadline:
-                self._abort()
-                raise GetTimeoutError
-        return results
+    def _name(self, device: str) -> str:
+        info = self._infos.get(device)
+        if info is None:
+            return f"the worker of device {device}"
+        where = f"pid {info.pid} on {info.host}, {info.device}"
+        if device not in self._ranks:
+            return f"an idle worker ({where})"
+        return f"worker rank {self._ranks.index(device)} ({where})"
 
-    def _abort(self) -> None:
-        for worker in self._workers.values():
-            worker.abort.remote()
+    def _watch(self, devices: Collection[str]) -> None:
+        """Hear these workers' pulse; those that can't be reached are waited for together."""
+        if devices:
+            with ThreadPoolExecutor(len(devices), "watch") as pool:
+                for device in devices:
+                    info = self._infos[device]
+                    pool.submit(self._pulse.watch, device, info.address, info.station.ping_port)
 
-    def _root_cause(self, keys: Mapping[Any, Any], first: Any, error: RayError) -> Exception:
-        """The error that the others follow from.
-
-        A worker that dies breaks its neighbours' links, and their error may come first: so all
-        are heard, and an error of one's own beats a death, which beats a broken link.
-        """
-        errors: dict[Any, RayError] = {first: error}
-        ray.wait(list(keys), num_returns=len(keys), timeout=_WITNESS_S)
-        for call, key in keys.items():
-            if key not in errors:
-                try:
-                    ray.get(call, timeout=0)
-                except GetTimeoutError:
-                    continue
-                except RayError as e:
-                    errors[key] = e
-        for key, heard in errors.items():
-            cause = _cause(heard)
-            if isinstance(cause, GeoError) and not isinstance(cause, TransportError):
-                return cause
-            if isinstance(heard, RayTaskError) and not isinstance(cause, GeoError):
-                return self._own_error(key, heard, cause)
-        for key, heard in errors.items():
-            if isinstance(heard, RayActorError):
-                reason = str(heard).strip().splitlines()
-                text = next((line for line in reason[1:] if "died" in line), reason[0])
-                return LostWorkerError(WorkerError(f"{self._name(key)} was lost: {text.strip()}"))
-        cause = _cause(error)
-        if isinstance(cause, GeoError):
-            return LostWorkerError(type(cause)(f"{self._name(first)}: {cause}"))
-        return LostWorkerError(WorkerError(f"{self._name(first)}: {cause}"))
-
-    def _own_error(self, key: Any, error: RayTaskError, cause: BaseException) -> WorkerError:
-        name = self._name(key)
-        path = self._recorder.traceback(f"worker-{key}", {"worker": name}, str(error))
-        text = str(cause).strip().splitlines()
-        return WorkerError(
-            f"{name} failed: {type(cause).__name__}: {text[0] if text else ''} "
-            f"(full traceback: {path})"
-        )
-
-    def _name(self, key: Any) -> str:
-        if not isinstance(key, int):
-            return f"the worker of device {key}"
-        info = self.info(key)
-        return f"worker rank {key} (pid {info.pid} on {info.host}, {info.device})"
-
-
-def _start(device: Device, job: JobSpec, coordinator: Any) -> Any:
-    needs = dict(job.scaling.resources_per_worker)
-    cpus, gpus = needs.pop("CPU", 0.0), needs.pop("GPU", 0.0)
-    environment = {"OMP_NUM_THREADS": str(max(1, int(cpus)))}
-    if gpus:
-        # What NCCL transports need so that a posted receive can't hold up computation; see
-        # transport.nccl.
-        environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGER"}
-    actor: Any = StageWorker  # what @ray.remote has made of the class
-    return actor.options(
-        num_cpus=cpus,
-        num_gpus=gpus,
-        resources=needs or None,
-        max_restarts=0,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(device.node, soft=False),
-        runtime_env={"env_vars": environment},
-    ).remote(coordinator)
-
-
-def _kill(worker: Any) -> None:
-    with contextlib.suppress(RayError):
-        ray.kill(worker)
-
-
-def _cause(error: RayError) -> BaseException:
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    return cause if isinstance(cause, BaseException) else error
+    def _watch_pulse(self) -> None:
+        for device, why in self.lost().items():
+            if device in self._ranks:
+                raise self._calls.loss(device, why)
+            self.drop([device])  # nobody waits for an idle worker

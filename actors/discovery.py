@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +17,12 @@ from ray_train_geo.cluster.topology import Device, MarketType
 from ray_train_geo.errors import ClusterError
 from ray_train_geo.spec import ScalingSpec
 
-__all__ = ["Node", "devices_on", "matches", "wait_for_devices"]
+__all__ = ["Node", "devices_on", "draining_nodes", "live_nodes", "matches", "wait_for_devices"]
 
 _REGION_LABELS = ("ray.io/availability-region", "ray.io/region")
 _ZONE_LABELS = ("ray.io/availability-zone", "ray.io/zone")
 _MARKET_LABEL = "ray.io/market-type"
+_THIS_MACHINE = ("127.0.0.1", "::1", "localhost")
 _FREEING_S = 30.0
 _SETTLED_S = 1.5
 _POLL_S = 0.25
@@ -31,10 +34,15 @@ _UNKNOWN_GPU_MEMORY_BYTES = 2**50
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A live Ray node."""
+    """A live Ray node.
+
+    Args:
+        machine: what stays the same when it leaves Ray and comes back as another node.
+    """
 
     id: str
     hostname: str
+    machine: tuple[str, ...]
     labels: Mapping[str, str]
     total: Mapping[str, float]
     free: Mapping[str, float]
@@ -52,20 +60,30 @@ def live_nodes() -> list[Node]:
     from ray._private.state import available_resources_per_node
 
     free = available_resources_per_node()
+    alive = [n for n in ray.nodes() if n["Alive"]]
+    at = Counter(n["NodeManagerAddress"] for n in alive)
     return sorted(
         (
             Node(
                 id=n["NodeID"],
                 hostname=n["NodeManagerHostname"],
+                machine=_machine(n, at[n["NodeManagerAddress"]] == 1),
                 labels=n.get("Labels", {}),
                 total=n["Resources"],
                 free=free.get(n["NodeID"], {}),
             )
-            for n in ray.nodes()
-            if n["Alive"]
+            for n in alive
         ),
         key=lambda n: n.id,
     )
+
+
+def _machine(node: Mapping[str, Any], alone: bool) -> tuple[str, ...]:
+    """What names the machine of ``node``; ``alone``: no other node is at its address."""
+    address = node["NodeManagerAddress"]
+    if not alone or address in _THIS_MACHINE:
+        return (node["NodeID"],)  # a cluster on one machine: nothing tells its nodes apart
+    return (address, node.get("NodeName", ""))
 
 
 def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
@@ -83,11 +101,21 @@ def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
     return True
 
 
-def devices_on(node: Node, scaling: ScalingSpec, wanted: int | None) -> list[Device]:
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that Ray is draining: their time is running out."""
+    from ray._private.state import state
+
+    return set(state.get_draining_nodes())
+
+
+def devices_on(
+    node: Node, scaling: ScalingSpec, wanted: int | None, taken: Collection[str] = ()
+) -> list[Device]:
     """The devices that are free on ``node``.
 
     Args:
         wanted: how many the job can use at most; a CPU node's memory is shared by so many.
+        taken: ids of devices that are in use.
     """
     needs = {k: v for k, v in scaling.resources_per_worker.items() if v > 0}
     # Ray counts in 1/10000; what floats add to that must not cost a device.
@@ -103,14 +131,16 @@ def devices_on(node: Node, scaling: ScalingSpec, wanted: int | None) -> list[Dev
     if gpu:
         flops_per_s, memory, price_per_hour = _gpu_guess(accelerator, gpu, market)
     else:
-        sharing = min(count, wanted) if wanted else count
+        here = count + sum(d.startswith(f"{node.id[-12:]}/") for d in taken)
+        sharing = min(here, wanted) if wanted else here
         flops_per_s, price_per_hour = _CPU_FLOPS_PER_S, 0.0
         memory = int(node.total.get("memory", 4 * 2**30) / sharing)
     if scaling.memory_per_worker_bytes is not None:
         memory = scaling.memory_per_worker_bytes
+    names = (f"{node.id[-12:]}/{i}" for i in itertools.count())
     return [
         Device(
-            id=f"{node.id[-12:]}/{i}",
+            id=name,
             node=node.id,
             region=node.region,
             zone=node.label(*_ZONE_LABELS),
@@ -120,7 +150,7 @@ def devices_on(node: Node, scaling: ScalingSpec, wanted: int | None) -> list[Dev
             memory_bytes=memory,
             price_per_hour=price_per_hour,
         )
-        for i in range(count)
+        for name in itertools.islice((n for n in names if n not in taken), count)
     ]
 
 

@@ -1,10 +1,11 @@
-"""The run's record: into the run directory, and to the driver that asks for news."""
+"""The run's record: into the run directory, and to followers that ask for what they don't know."""
 
 from __future__ import annotations
 
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from ray_train_geo.observe.run_directory import RunDirectory
 
 __all__ = ["Recorder"]
 
+_REMEMBERED_RECORDS = 4096
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # Ray colours its tracebacks for terminals
 
 
@@ -27,8 +29,17 @@ class Recorder:
         self.run = run
         self.changed = threading.Condition()
         self._fatal: GeoError | None = None
-        self._records: list[dict[str, Any]] = []
+        self._records: deque[dict[str, Any]] = deque(maxlen=_REMEMBERED_RECORDS)
         self._events: list[dict[str, Any]] = []
+
+    def take_up(self) -> None:
+        """Go on with the record that a predecessor in the same session has left."""
+        with self.changed:
+            events = self.run.events()
+            begin = max(i for i, e in enumerate(events) if e["event"] == "start")
+            self._events = events[begin:]
+            first = self.first_step()
+            self._records.extend(r for r in self.run.metrics() if r["step"] > first)
 
     @property
     def fatal(self) -> GeoError | None:
@@ -57,12 +68,44 @@ class Recorder:
         except StorageError as e:
             self.fail(e)
 
-    def news(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Records and events since the last call."""
+    def go_back(self, step: int) -> None:
+        """Forget the records of steps after ``step``.
+
+        Raises:
+            StorageError: metrics.jsonl can't be rewritten.
+        """
         with self.changed:
-            records, self._records = self._records, []
-            events, self._events = self._events, []
-            return records, events
+            self.run.truncate_metrics(step)
+            while self._records and self._records[-1]["step"] > step:
+                self._records.pop()
+
+    def first_step(self) -> int:
+        """After which step the session began."""
+        resumed = self.said("resume")
+        return 0 if resumed is None else int(resumed["step"])
+
+    def step(self) -> int:
+        """The last committed step that is on record."""
+        with self.changed:
+            return int(self._records[-1]["step"]) if self._records else self.first_step()
+
+    def said(self, event: str) -> dict[str, Any] | None:
+        """The last ``event`` of this session."""
+        with self.changed:
+            return next((e for e in reversed(self._events) if e["event"] == event), None)
+
+    def news(
+        self, after_step: int, events_known: int
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Records of steps after ``after_step`` (not all if very many), and the session's events
+        but the first ``events_known``."""
+        with self.changed:
+            new: list[dict[str, Any]] = []
+            for record in reversed(self._records):
+                if record["step"] <= after_step:
+                    break
+                new.append(record)
+            return new[::-1], self._events[events_known:]
 
     def wait_for(self, condition: Callable[[], bool], timeout_s: float) -> bool:
         """Wait until ``condition`` holds; whoever changes what it reads notifies ``changed``.

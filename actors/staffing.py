@@ -12,6 +12,8 @@ from typing import Any
 from ray_train_geo.actors.crew import Crew
 from ray_train_geo.actors.discovery import wait_for_devices
 from ray_train_geo.actors.recorder import Recorder
+from ray_train_geo.actors.surveying import survey
+from ray_train_geo.actors.workforce import Workforce
 from ray_train_geo.cluster.topology import Device, Topology
 from ray_train_geo.cluster.topology_file import load_topology
 from ray_train_geo.errors import StorageError
@@ -22,7 +24,7 @@ from ray_train_geo.spec import JobSpec
 from ray_train_geo.training.checkpoint import CheckpointStore
 from ray_train_geo.training.mission import Mission, check_space
 
-__all__ = ["staff"]
+__all__ = ["fixed_workers", "job_for", "measured", "most_workers", "staff"]
 
 _PLANNING_S = 10.0
 """The driver waits for the coordinator while it plans."""
@@ -32,14 +34,14 @@ def staff(
     mission: Mission,
     store: CheckpointStore,
     recorder: Recorder,
-    coordinator: Any,
+    workforce: Workforce,
     after_loss: bool,
     watch: Callable[[], None],
-) -> tuple[Plan, Crew]:
-    """A plan for the devices that Ray has free, and the workers that will carry it out.
+) -> tuple[Topology, Plan, Crew]:
+    """What Ray has free, a plan for it, and the workers that will carry it out.
 
     Args:
-        coordinator: the actor that workers report to.
+        workforce: starts workers.
         after_loss: a crew was just dismissed, and Ray is still freeing what it had.
         watch: called while waiting for devices; what it raises ends the wait.
 
@@ -51,8 +53,8 @@ def staff(
     """
     job = mission.job
     links = load_topology(Path(job.scaling.topology)) if job.scaling.topology else None
-    fixed = _fixed_workers(job)
-    wanted = fixed or job.scaling.max_devices
+    fixed = fixed_workers(job)
+    wanted = most_workers(job)
     needed = max(fixed or 1, job.scaling.min_devices)
     devices = wait_for_devices(job.scaling, needed, wanted, after_loss, watch)
     first = make_plan(
@@ -63,26 +65,31 @@ def staff(
     used = {stage.device for pipeline in first.pipelines for stage in pipeline.stages}
     # Where the plan is open, all devices are measured before it is made.
     chosen = [d for d in devices if fixed is None or d.id in used][:wanted]
-    crew = Crew(chosen, job, coordinator, recorder)
+    crew = Crew(chosen, job, workforce, recorder)
     try:
-        topology = _topology(_measured(crew, mission, store), links)
+        topology = _topology(measured(crew, mission, store), links)
         if links is None:
-            topology = dataclasses.replace(topology, node_links=crew.links())
+            found = survey(crew, {}, job.parallelism.most_flows, job.scaling.probe_s)
+            topology = dataclasses.replace(topology, node_links=found)
+        topology = topology.striped(job.parallelism.most_flows)
         began = time.perf_counter()
         plan = make_plan(topology, job, mission.vocab_size, budget=Budget(_PLANNING_S))
         plan = dataclasses.replace(plan, search_s=time.perf_counter() - began)
-        crew.assign(plan)
+        crew.release_unused(plan)
     except BaseException:
         crew.dismiss()
         raise
-    recorder.run.write_json("plan.json", plan.to_json())
-    recorder.event("topology", links=_links_json(topology))
-    recorder.event("plan", predicted_step_s=plan.predicted_step_s, notes=list(plan.notes))
-    return plan, crew
+    recorder.event("topology", links=_links_json(topology), simulated=job.scaling.emulate_links)
+    return topology, plan, crew
 
 
-def _measured(crew: Crew, mission: Mission, store: CheckpointStore) -> list[Device]:
-    """The crew's devices with their measured speed and memory; all share the storage."""
+def measured(crew: Crew, mission: Mission, store: CheckpointStore) -> list[Device]:
+    """The crew's devices with their measured speed and memory; all share the storage.
+
+    Raises:
+        ClusterError, LostWorkerError: as :meth:`Crew.hello`.
+        StorageError: storage is not shared with a node.
+    """
     scaling = mission.job.scaling
     probe = store.probe()
     infos = crew.hello(mission.dims, store.root, probe)
@@ -94,15 +101,14 @@ def _measured(crew: Crew, mission: Mission, store: CheckpointStore) -> list[Devi
             "checkpoint.storage_path to a shared folder or an fsspec URL"
         )
     share = min(1.0, scaling.resources_per_worker.get("GPU", 0.0) or 1.0)
-    measured = []
+    found = []
     for device in crew.devices:
         info, memory = infos[device.id], device.memory_bytes
         if info.memory_bytes is not None and scaling.memory_per_worker_bytes is None:
             memory = int(info.memory_bytes * share)
-        measured.append(
-            dataclasses.replace(device, flops_per_s=info.flops_per_s, memory_bytes=memory)
-        )
-    return _level(measured)
+        found.append(dataclasses.replace(device, flops_per_s=info.flops_per_s, memory_bytes=memory))
+    crew.measured(_level(found))
+    return list(crew.devices)
 
 
 def _level(devices: list[Device]) -> list[Device]:
@@ -120,7 +126,7 @@ def _level(devices: list[Device]) -> list[Device]:
     ]
 
 
-def _fixed_workers(job: JobSpec) -> int | None:
+def fixed_workers(job: JobSpec) -> int | None:
     """How many workers the spec fixes, if it does."""
     pipelines, boundaries = job.fixed_pipelines(), job.stage_boundaries()
     if boundaries is not None:
@@ -130,6 +136,25 @@ def _fixed_workers(job: JobSpec) -> int | None:
     if pipelines is not None and job.parallelism.stages is not None:
         return pipelines * job.parallelism.stages
     return None
+
+
+def most_workers(job: JobSpec) -> int | None:
+    """How many workers the job can use at most, if there is a limit."""
+    return fixed_workers(job) or job.scaling.max_devices
+
+
+def job_for(job: JobSpec, devices: int) -> JobSpec:
+    """The job as it is planned for ``devices`` survivors.
+
+    Where they are too few for the parallelism that the spec fixes, the plan is open until there
+    are enough again: a smaller or uneven plan computes the same.
+    """
+    fixed = fixed_workers(job)
+    pipelines = job.fixed_pipelines()
+    if devices >= (fixed or pipelines or 1):
+        return job
+    free = {"pipelines": None, "stages": None, "layers": None, "microbatches": None}
+    return job.model_copy(update={"parallelism": job.parallelism.model_copy(update=free)})
 
 
 def _topology(devices: list[Device], links: Topology | None) -> Topology:

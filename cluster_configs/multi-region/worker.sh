@@ -18,4 +18,8 @@ fi
 if [[ -n "${NUM_GPUS:-}" ]]; then
   node_flags+=(--num-gpus="$NUM_GPUS")
 fi
+# Tells Ray when the cloud is about to take this host; where there is no cloud it says so and ends.
+if [[ "$RAY_NODE_MARKET_TYPE" == spot ]]; then
+  ray-train-geo watch-node --address="$head_address" --node="$node_ip" &
+fi
 exec ray start --address="$head_address" "${node_flags[@]}"

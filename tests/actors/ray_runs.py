@@ -35,8 +35,13 @@ run: {{name: tiny}}
 def environment(**more: str) -> dict[str, str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     kept = {k: v for k, v in os.environ.items() if k.startswith("RAY_TRAIN_GEO")}
-    path = f"{BIN}:{os.environ['PATH']}"
-    return clean | kept | {"PATH": path, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"} | more
+    ours = {
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_worker_niceness": "0",  # Ray's 15 starves workers where others use the machine, too
+    }
+    return clean | kept | ours | more
 
 
 def write_job(folder: Path) -> Path:
@@ -125,16 +130,21 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def ray_head(cpus: int = 4) -> Iterator[tuple[str, str]]:
-    """A Ray head with a dashboard, in a session of its own: (address, dashboard's URL)."""
-    port, dashboard = free_port(), free_port()
+def ray_head(cpus: int = 4, dashboard: bool = False) -> Iterator[tuple[str, str]]:
+    """A Ray head in a session of its own: (address, URL of the dashboard that jobs go to).
+
+    Args:
+        dashboard: start it; that alone is a dozen processes.
+    """
+    port, web = free_port(), free_port()
     with tempfile.TemporaryDirectory(prefix="rtg", dir="/tmp", ignore_cleanup_errors=True) as temp:
         head = subprocess.Popen(
             [
                 str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats",
                 "--node-ip-address=127.0.0.1", f"--port={port}", f"--num-cpus={cpus}",
-                "--include-dashboard=true", f"--dashboard-port={dashboard}",
-                f"--ray-client-server-port={free_port()}", "--dashboard-agent-listen-port=0",
+                f"--include-dashboard={str(dashboard).lower()}", f"--dashboard-port={web}",
+                f"--ray-client-server-port={free_port()}", "--no-monitor",
+                "--include-log-monitor=false", "--dashboard-agent-listen-port=0",
                 f"--dashboard-agent-grpc-port={free_port()}", "--object-store-memory=80000000",
                 f"--temp-dir={temp}",
             ],
@@ -144,15 +154,50 @@ def ray_head(cpus: int = 4) -> Iterator[tuple[str, str]]:
             start_new_session=True,
         )  # fmt: skip
         try:
-            wait_until(lambda: _open(port) and _open(dashboard))
-            yield f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
+            wait_until(lambda: _open(port) and (_open(web) or not dashboard))
+            yield f"127.0.0.1:{port}", f"http://127.0.0.1:{web}"
         finally:
-            # Ray gives its processes groups of their own; the session holds them all.
-            members = [p.pid for p in psutil.process_iter() if _session(p.pid) == head.pid]
-            for pid in members:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, 9)
-            head.wait()
+            end_node(head)
+
+
+@contextlib.contextmanager
+def ray_node(address: str, cpus: int, region: str) -> Iterator[subprocess.Popen[bytes]]:
+    """One more node of the cluster at ``address``."""
+    node = subprocess.Popen(
+        [
+            str(BIN / "ray"), "start", "--block", f"--address={address}",
+            "--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", "--disable-usage-stats",
+            f"--labels=ray.io/region={region}", "--object-store-memory=80000000",
+            "--dashboard-agent-listen-port=0", f"--dashboard-agent-grpc-port={free_port()}",
+        ],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield node
+    finally:
+        end_node(node)
+
+
+def end_node(node: subprocess.Popen[bytes]) -> None:
+    """Kill all processes of a node at once."""
+    # Ray gives its processes groups of their own; the session holds them all.
+    for process in psutil.process_iter():
+        if _session(process.pid) == node.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, 9)
+    node.wait()
+
+
+def raylet_of(node: subprocess.Popen[bytes]) -> psutil.Process:
+    """The raylet of a node, once it runs."""
+
+    def found() -> list[psutil.Process]:
+        return [p for p in psutil.Process(node.pid).children() if p.name() == "raylet"]
+
+    return wait_until(found)[0]
 
 
 def _session(pid: int) -> int:

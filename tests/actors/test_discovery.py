@@ -6,13 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from ray_train_geo.actors.discovery import Node, devices_on
+from ray_train_geo.actors import discovery
+from ray_train_geo.actors.discovery import Node, devices_on, live_nodes
 from ray_train_geo.cluster.gpus import gpu
 from ray_train_geo.spec import ScalingSpec
 
 NODE = Node(
     id="0123456789abcdef",
     hostname="host",
+    machine=("host",),
     labels={"ray.io/availability-region": "ohio", "ray.io/accelerator-type": "A100"},
     total={"GPU": 2, "CPU": 8, "memory": 64e9},
     free={"GPU": 2, "CPU": 8, "memory": 64e9},
@@ -65,3 +67,25 @@ def test_a_cpu_node_shares_its_memory():
     assert len(devices) == 8
     assert (devices[0].type, devices[0].memory_bytes) == ("cpu", 16 * 10**9)
     assert (devices[0].flops_per_s, devices[0].price_per_hour) == (2e10, 0)
+
+
+def test_a_machine_keeps_its_name_when_it_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def machines(*nodes: tuple[str, str]) -> list[tuple[str, ...]]:
+        alive = [
+            {
+                "NodeID": f"id{i}",
+                "Alive": True,
+                "NodeManagerAddress": address,
+                "NodeManagerHostname": "host",
+                "NodeName": name,
+                "Resources": {},
+            }
+            for i, (address, name) in enumerate(nodes)
+        ]
+        monkeypatch.setattr(discovery.ray, "nodes", lambda: alive)
+        monkeypatch.setattr("ray._private.state.available_resources_per_node", dict)
+        return [node.machine for node in live_nodes()]
+
+    assert machines(("10.0.0.1", "a"), ("10.0.0.2", "b")) == [("10.0.0.1", "a"), ("10.0.0.2", "b")]
+    assert machines(("10.0.0.1", "a"), ("10.0.0.1", "b")) == [("id0",), ("id1",)]
+    assert machines(("127.0.0.1", "a")) == [("id0",)], "nodes of one machine: which is it?"

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(200)]
 
 @pytest.fixture(scope="module")
 def dashboard() -> Iterator[str]:
-    with ray_head() as (_, url):
+    with ray_head(dashboard=True) as (_, url):
         yield url
 
 
