@@ -1,0 +1,1 @@
+"""Replaying spot traces: what a job would have got done under different policies (level 0)."""
