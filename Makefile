@@ -3,20 +3,20 @@
 #   make train    trains examples/quickstart.yaml into ./runs/quickstart
 #   make test     lint, types and all tests
 #
-# More: make lint, make types, make bench, make docs, make clean.
+# More: make lint, make types, make soak, make bench, make docs, make clean.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 JOB ?= examples/quickstart.yaml
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 export OMP_NUM_THREADS = 1
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: train test install lint types bench docs clean
+.PHONY: train test install install-dev lint types soak bench docs clean
 
 train: $(STAMP)
 	$(BIN)/ray-train-geo train $(JOB) --set run.storage_path=runs
@@ -32,6 +32,11 @@ lint: $(STAMP)-dev
 types: $(STAMP)-dev
 	$(BIN)/mypy
 
+# What takes long: half an hour of seeded faults on a cluster of its own (SOAK_MINUTES, SOAK_SEED), a
+# spot trace, links that fade, every plan with every schedule and sync.
+soak: $(STAMP)-dev
+	$(BIN)/python -m pytest -m soak -s
+
 bench: $(STAMP)-dev
 	$(BIN)/python benchmarks/throughput.py
 
@@ -40,6 +45,8 @@ docs: $(STAMP)-dev
 	$(BIN)/ray-train-geo schema > examples/job.schema.json
 
 install: $(STAMP)
+
+install-dev: $(STAMP)-dev
 
 # torch comes first, alone and pinned: an unpinned one would pull gigabytes of CUDA packages.
 $(VENV)/bin/pip:

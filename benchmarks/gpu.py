@@ -85,7 +85,7 @@ def our_loop(args: argparse.Namespace, recompute: bool, compiled: bool) -> Calla
         edges=edges,
         seed=0,
         tracer=Tracer(enabled=False),
-        before_last_backward=lambda: None,
+        before_last_gradients=lambda: None,
     )
 
     def run() -> None:

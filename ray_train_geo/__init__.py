@@ -10,7 +10,11 @@ if TYPE_CHECKING:
     from ray_train_geo.errors import GeoError, InputError, RunError
     from ray_train_geo.planning.plan import Plan
     from ray_train_geo.planning.request import plan
+    from ray_train_geo.replay.run import replay_trace
     from ray_train_geo.spec import JobSpec, load_job, parse_job
+    from ray_train_geo.systems.comparison import Comparison, compare
+    from ray_train_geo.systems.simulate import simulate
+    from ray_train_geo.systems.simulated import Simulated
     from ray_train_geo.trainer import (
         Checkpoint,
         CheckpointConfig,
@@ -25,6 +29,7 @@ __all__ = [
     "Callback",
     "Checkpoint",
     "CheckpointConfig",
+    "Comparison",
     "FailureConfig",
     "GeoError",
     "GeoTrainer",
@@ -35,9 +40,13 @@ __all__ = [
     "RunConfig",
     "RunError",
     "ScalingConfig",
+    "Simulated",
+    "compare",
     "load_job",
     "parse_job",
     "plan",
+    "replay_trace",
+    "simulate",
 ]
 
 __version__ = "0.1.0"
@@ -49,6 +58,11 @@ _HOMES = {
     "RunError": "errors",
     "Plan": "planning.plan",
     "plan": "planning.request",
+    "replay_trace": "replay.run",
+    "Comparison": "systems.comparison",
+    "compare": "systems.comparison",
+    "simulate": "systems.simulate",
+    "Simulated": "systems.simulated",
     "JobSpec": "spec",
     "load_job": "spec",
     "parse_job": "spec",

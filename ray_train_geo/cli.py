@@ -1,4 +1,4 @@
-"""The command line: ``ray-train-geo train | validate | plan | submit | status | export | import``.
+"""The command line: ``ray-train-geo train | plan | simulate | compare | replay | ...``.
 
 Wrong input is one message on stderr and exit code 2; a run that fails, exit code 1.  With
 ``--json`` a command prints one JSON object on stdout and nothing else there.
@@ -17,9 +17,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ray_train_geo.attach_command import attach, stop, tell
+from ray_train_geo.chaos_command import chaos
+from ray_train_geo.compare_command import compare
 from ray_train_geo.console import Address, AsJson, JobPath, Overrides, errors, print_json
+from ray_train_geo.lab_command import lab, lab_do
+from ray_train_geo.logs_command import logs
 from ray_train_geo.plan_command import plan
+from ray_train_geo.probe_command import probe
+from ray_train_geo.replay_command import replay
+from ray_train_geo.shape_command import shape
+from ray_train_geo.simulate_command import simulate
 from ray_train_geo.spec import JobSpec, load_job
+from ray_train_geo.watch_command import watch_node
 
 __all__ = ["app", "main"]
 
@@ -64,7 +74,8 @@ def train(
     with errors(as_json):
         job = load_job(job_path, overrides or ())
         # Ray and torch take seconds to import: a wrong spec is told before.
-        from ray_train_geo.driver import connected, follow, prepare
+        from ray_train_geo.connection import connected
+        from ray_train_geo.driver import follow, prepare
         from ray_train_geo.progress import ConsoleProgress
 
         mission = prepare(job, resume_from or resume, stop_after)
@@ -77,22 +88,7 @@ def train(
             ConsoleProgress(console, mission.last_step) as progress,
         ):
             summary = follow(mission, [progress])
-        result = {
-            "phase": summary.phase,
-            "step": summary.step,
-            "checkpoint": summary.checkpoint,
-            "path": summary.path,
-        }
-        if summary.error is not None:
-            raise summary.error
-        if as_json:
-            print_json(result)
-        console.print(
-            f"{summary.phase} after step {summary.step}; checkpoint: {summary.checkpoint}\n"
-            f"report: {summary.path}/report.html",
-            soft_wrap=True,
-            highlight=False,
-        )
+        tell(summary, console, as_json)
 
 
 @app.command()
@@ -128,7 +124,19 @@ def schema() -> None:
     print(json.dumps(JobSpec.model_json_schema(), indent=2))
 
 
+app.command()(attach)
+app.command()(stop)
 app.command()(plan)
+app.command()(probe)
+app.command()(replay)
+app.command()(logs)
+app.command()(simulate)
+app.command()(compare)
+app.command()(watch_node)
+app.command()(chaos)
+app.command()(lab)
+app.command()(lab_do)
+app.command()(shape)
 
 
 @app.command()

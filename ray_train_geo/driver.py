@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
-import shutil
 import signal
-import socket
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import ray
-from ray._private.services import canonicalize_bootstrap_address
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_train_geo.actors.coordinator import Coordinator
+from ray_train_geo.actors.workforce import NAMESPACE, end_workers
 from ray_train_geo.cluster.topology_file import load_topology
 from ray_train_geo.data.dataset import open_dataset
 from ray_train_geo.errors import CheckpointError, ClusterError, RunError, StorageError
@@ -35,15 +33,10 @@ from ray_train_geo.training.mission import (
     checkpoint_root,
 )
 
-__all__ = ["Callback", "connected", "follow", "prepare"]
+__all__ = ["Callback", "attach", "follow", "prepare", "stop"]
 
-_NAMESPACE = "ray_train_geo"
 _POLL_S = 0.5
-_ANSWER_S = 60.0
-_OBJECT_STORE_BYTES = 200 * 2**20
-_MOST_LOCAL_WORKERS = 16
-_REACH_S = 10.0
-_HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+_ANSWER_S = 10.0
 
 
 class Callback(Protocol):
@@ -152,93 +145,6 @@ def _refuse_foreign_checkpoints(job: JobSpec) -> None:
         )
 
 
-@contextlib.contextmanager
-def connected(job: JobSpec, address: str | None = None) -> Iterator[None]:
-    """Be connected to Ray: the one already initialised, the one at ``address`` (or RAY_ADDRESS),
-    or one of our own on this machine, which ends with the context.
-
-    Raises:
-        ClusterError: Ray can't be reached or started.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    address = address or os.environ.get("RAY_ADDRESS") or None
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # a crew hears all its workers
-    common: dict[str, Any] = {
-        "namespace": _NAMESPACE,
-        "log_to_driver": False,
-        "logging_level": "ERROR",
-    }
-    if address not in (None, "local"):
-        try:
-            _reach(address)
-            ray.init(address=address, **common)
-        except (OSError, RuntimeError, ValueError, RayError) as e:
-            reason = getattr(e, "strerror", None) or str(e).strip().splitlines()[0]
-            raise ClusterError(
-                f"can't reach Ray at {address}: {reason}; start it there with `ray start --head`, "
-                "or correct --address (or RAY_ADDRESS): it is HOST:PORT, by default port 6379"
-            ) from None
-        try:
-            yield
-        finally:
-            ray.shutdown()
-        return
-    # A cluster of our own is private to this machine; other Ray clusters here stay untouched.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    folder = tempfile.mkdtemp(prefix="rtg-")
-    try:
-        try:
-            ray.init(
-                address="local",
-                num_cpus=_local_cpus(job),
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                _temp_dir=folder,
-                **common,
-            )
-        except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as e:
-            reason = str(e).strip().splitlines()[0]
-            raise ClusterError(f"can't start Ray on this machine: {reason}") from None
-        try:
-            yield
-        finally:
-            ray.shutdown()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _reach(address: str) -> None:
-    """Ask whether a Ray head listens at ``address``: ``ray.init`` itself would try for ever.
-
-    Raises:
-        OSError, ValueError: it does not, or it is no address.
-    """
-    client = "://" in address
-    bare = address.partition("://")[2] if client else canonicalize_bootstrap_address(address)
-    host, _, port = (bare or address).rpartition(":")
-    with socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S) as connection:
-        if client or os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
-            return
-        # A head speaks gRPC: its first frame is HTTP/2 settings.  A dashboard's port does not.
-        connection.sendall(_HTTP2_HELLO)
-        if connection.makefile("rb").read(9)[3:4] != b"\4":
-            raise ConnectionError("what answers there is no Ray head")
-
-
-def _local_cpus(job: JobSpec) -> int:
-    """This machine's cores, or a few more: workers of a small fixed plan may share a core."""
-    cores = os.cpu_count() or 1
-    pipelines, stages = job.fixed_pipelines(), job.parallelism.stages
-    bounds = job.stage_boundaries()
-    depths = [len(b) - 1 for b in bounds] if bounds else [stages or 1]
-    workers = sum(depths) if len(depths) > 1 else depths[0] * (pipelines or 1)
-    if workers > _MOST_LOCAL_WORKERS:
-        return cores
-    return max(cores, int(workers * job.scaling.resources_per_worker.get("CPU", 0.0) + 0.999))
-
-
 def follow(mission: Mission, callbacks: Sequence[Callback] = ()) -> Summary:
     """Start the coordinator and pass on what it tells, until the run has ended.
 
@@ -246,18 +152,24 @@ def follow(mission: Mission, callbacks: Sequence[Callback] = ()) -> Summary:
     checkpoint.  A second one ends it at once.
 
     Raises:
-        ClusterError: a run in the same directory is going on.
-        RunError: the coordinator was lost.
+        ClusterError: a run in the same directory is going on; or it should go on without this
+            process, but Ray would not.
+        RunError: the coordinator was lost, and Ray did not start it again.
     """
     directory = mission.job.run.directory
-    name = f"{mission.job.run.name}-{hashlib.sha256(str(directory).encode()).hexdigest()[:8]}"
+    if mission.job.run.on_driver_exit == "continue" and _started_ray():
+        raise ClusterError(
+            "run.on_driver_exit is continue, but this process started Ray, which ends with it; "
+            "start a cluster (`ray start --head`) and name it with --address, or choose stop"
+        )
     try:
         # Detached, so that it outlives a driver that is killed; see actors.coordinator.
         actor: Any = Coordinator  # what @ray.remote has made of the class
         coordinator = actor.options(
-            name=name,
-            namespace=_NAMESPACE,
+            name=_name(directory),
+            namespace=NAMESPACE,
             lifetime="detached",
+            max_restarts=-1,
             scheduling_strategy=NodeAffinitySchedulingStrategy(
                 ray.get_runtime_context().get_node_id(), soft=False
             ),
@@ -265,40 +177,114 @@ def follow(mission: Mission, callbacks: Sequence[Callback] = ()) -> Summary:
         ).remote(mission)
     except ValueError:
         raise ClusterError(
-            f"a run is going on in {directory}; stop it, or change run.name"
+            f"a run is going on in {directory}; stop it (ray-train-geo stop {directory}), or "
+            "change run.name"
         ) from None
     try:
         with _signals() as signals:
-            return _follow(coordinator, callbacks, signals)
+            return _follow(coordinator, mission.job, callbacks, signals)
     finally:
         with contextlib.suppress(RayError):
             ray.kill(coordinator)
+        end_workers(mission.session)
 
 
-def _follow(coordinator: Any, callbacks: Sequence[Callback], signals: list[str]) -> Summary:
-    running, told = coordinator.run.remote(), False
+def _started_ray() -> bool:
+    node = ray._private.worker._global_node
+    return node is not None and node.is_head()
+
+
+def attach(job: JobSpec, callbacks: Sequence[Callback] = ()) -> Summary:
+    """Follow a run that goes on without this process, until it has ended.
+
+    Raises:
+        ClusterError: no run of ``job`` is going on in this Ray cluster.
+        RunError: the coordinator was lost, and Ray did not start it again.
+    """
+    return _follow(_running(job), job, callbacks, [])
+
+
+def stop(job: JobSpec, reason: str) -> None:
+    """Ask the run of ``job`` to stop after the step that is running, with a checkpoint.
+
+    Raises:
+        ClusterError: as :func:`attach`.
+        RunError: the coordinator does not answer.
+    """
+    coordinator, patience_s = _running(job), job.failure.coordinator_patience_s
+    _ask(coordinator, lambda: coordinator.stop.remote(reason), patience_s)
+
+
+def _running(job: JobSpec) -> Any:
+    directory = job.run.directory
+    try:
+        return ray.get_actor(_name(directory), NAMESPACE)
+    except ValueError:
+        raise ClusterError(
+            f"no run is going on in {directory} on this Ray cluster; `ray-train-geo status "
+            f"{directory}` shows how it ended"
+        ) from None
+
+
+def _name(directory: Path) -> str:
+    """The coordinator's: two runs in one directory can't be."""
+    return f"{directory.name}-{hashlib.sha256(str(directory).encode()).hexdigest()[:8]}"
+
+
+def _follow(
+    coordinator: Any, job: JobSpec, callbacks: Sequence[Callback], signals: list[str]
+) -> Summary:
+    patience_s = job.failure.coordinator_patience_s
+    step, events, told = 0, 0, False
     while True:
         if signals and not told:
-            coordinator.stop.remote(signals[0])
+            _ask(coordinator, lambda: coordinator.stop.remote(signals[0]), patience_s, signals)
             told = True
-        if len(signals) > 1:
-            raise KeyboardInterrupt
-        try:
-            progress: Progress = ray.get(coordinator.progress.remote(), timeout=_ANSWER_S)
-        except GetTimeoutError:
-            raise RunError(f"the coordinator has not answered for {_ANSWER_S:g} s") from None
-        except RayActorError as e:
-            with contextlib.suppress(GetTimeoutError):
-                ray.get(running, timeout=0)
-            raise RunError(f"the coordinator was lost: {str(e).splitlines()[0]}") from None
-        for news in sorted([*progress.records, *progress.events], key=lambda n: n["time"]):
+        progress: Progress = _ask(
+            coordinator, functools.partial(coordinator.progress.remote, step, events), patience_s,
+            signals,
+        )  # fmt: skip
+        records, events = progress.records, events + len(progress.events)
+        # Steps that were lost are computed, and told of, once more.
+        lost = [e["step"] for e in progress.events if e.get("lost_steps")]
+        if lost:
+            step, records = min(lost), []
+        elif records:
+            step = records[-1]["step"]
+        for news in sorted([*records, *progress.events], key=lambda n: n["time"]):
             for callback in callbacks:
                 if "event" in news:
                     callback.on_event(news)
                 else:
                     callback.on_step(news)
-        if progress.summary is not None:
+        if progress.summary is not None and not lost:
             return progress.summary
+        time.sleep(_POLL_S)
+
+
+def _ask(
+    coordinator: Any, call: Callable[[], Any], patience_s: float, signals: Sequence[str] = ()
+) -> Any:
+    """The coordinator's answer; while it is being replaced, that of its successor.
+
+    Raises:
+        RunError: it is gone for good, or there was no answer for ``patience_s``.
+        KeyboardInterrupt: two signals came.
+    """
+    until = time.monotonic() + patience_s
+    while True:
+        if len(signals) > 1:
+            raise KeyboardInterrupt
+        try:
+            return ray.get(call(), timeout=_ANSWER_S)
+        except GetTimeoutError:
+            why = "it does not answer"
+        except RayActorError as e:
+            why = str(e).splitlines()[0]
+            if isinstance(e, ActorDiedError):  # not one that is being replaced
+                raise RunError(f"the coordinator was lost: {why}") from None
+        if time.monotonic() > until:
+            raise RunError(f"the coordinator was lost for {patience_s:g} s: {why}")
         time.sleep(_POLL_S)
 
 

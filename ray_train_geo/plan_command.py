@@ -15,7 +15,18 @@ from rich.text import Text
 
 from ray_train_geo.console import Address, AsJson, Overrides, errors
 from ray_train_geo.errors import SpecError, StorageError
-from ray_train_geo.spec import GradientSyncChoice, JobSpec, Precision, ScheduleName, load_job
+from ray_train_geo.job_options import (
+    Codecs,
+    GlobalBatch,
+    JobPath,
+    Microbatch,
+    Model,
+    PrecisionOption,
+    Recompute,
+    SeqLen,
+    codec_names,
+)
+from ray_train_geo.spec import GradientSyncChoice, JobSpec, ScheduleChoice, load_job
 
 if TYPE_CHECKING:
     from ray_train_geo.cluster.topology import Topology
@@ -35,9 +46,7 @@ _ROOMY, _WIDE = 100, 140  # columns of a terminal: from where on tables have air
 
 
 def plan(
-    job_path: Annotated[
-        Path | None, typer.Argument(metavar="[JOB.yaml]", help="The job spec.", show_default=False)
-    ] = None,
+    job_path: JobPath = None,
     scenario: Annotated[
         str | None,
         typer.Option(help="Plan for a named cluster, such as worldwide, mixed or random-7."),
@@ -45,35 +54,19 @@ def plan(
     topology: Annotated[
         Path | None, typer.Option(help="Plan for the devices in this topology file.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A model of the catalog, such as gpt3-xl; without a job.")
-    ] = None,
-    global_batch: Annotated[
-        int | None, typer.Option(help="Sequences of one step, over all pipelines.")
-    ] = None,
-    seq_len: Annotated[
-        int | None, typer.Option(help="Tokens of a sequence. Default: the model's longest.")
-    ] = None,
-    microbatch: Annotated[
-        int | None, typer.Option(help="Sequences of one microbatch. Default: 1.")
-    ] = None,
-    precision: Annotated[
-        Precision | None, typer.Option(help="Of weights and activations. Default: fp16.")
-    ] = None,
-    recompute: Annotated[
-        bool | None,
-        typer.Option(
-            "--recompute/--no-recompute",
-            help="Recompute activations in the backward pass. Default: yes.",
-        ),
-    ] = None,
+    model: Model = None,
+    global_batch: GlobalBatch = None,
+    seq_len: SeqLen = None,
+    microbatch: Microbatch = None,
+    precision: PrecisionOption = None,
+    recompute: Recompute = None,
     stages: Annotated[
         int | None, typer.Option(help="Stages of each pipeline. Default: searched.")
     ] = None,
     replicas: Annotated[
         int | None, typer.Option(help="Number of pipelines. Default: searched.")
     ] = None,
-    schedule: Annotated[ScheduleName | None, typer.Option(help="Default: 1f1b.")] = None,
+    schedule: Annotated[ScheduleChoice | None, typer.Option(help="Default: 1f1b.")] = None,
     gradient_sync: Annotated[
         GradientSyncChoice | None,
         typer.Option(help="How pipelines sum gradients. Default: the fastest."),
@@ -82,10 +75,7 @@ def plan(
         Literal["step-time", "dollars", "dtfm"],
         typer.Option(help="Minimise seconds a step, $ per million tokens, or DT-FM's cost."),
     ] = "step-time",
-    codecs: Annotated[
-        str,
-        typer.Option(help="Codecs that hops may use: any of none,bf16,int8,int4 with commas."),
-    ] = "none",
+    codecs: Codecs = None,
     max_dollars_per_hour: Annotated[
         float | None, typer.Option(help="Most that all used devices together may cost.")
     ] = None,
@@ -140,7 +130,7 @@ def plan(
             schedule=schedule,
             gradient_sync=gradient_sync,
             objective=objective,
-            codecs=[name.strip() for name in codecs.split(",") if name.strip()],
+            codecs=codec_names(codecs),
             max_dollars_per_hour=max_dollars_per_hour,
             moves=moves,
             seed=seed,
@@ -197,7 +187,7 @@ def _live_topology(job: JobSpec, address: str | None) -> Topology:
     from ray_train_geo.actors.discovery import wait_for_devices
     from ray_train_geo.cluster.topology import Topology
     from ray_train_geo.cluster.topology_file import load_topology
-    from ray_train_geo.driver import connected
+    from ray_train_geo.connection import connected
 
     network = Topology(()) if job.scaling.topology is None else load_topology(job.scaling.topology)
     with connected(job, address):

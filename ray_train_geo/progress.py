@@ -100,7 +100,31 @@ def _describe(event: dict[str, Any]) -> str:
         case "failure":
             return f"lost: {event['message']}"
         case "restore":
-            return f"going on after step {event['step']}; {event['lost_steps']} steps are redone"
+            lost = f"; {event['lost_steps']} steps are redone" if event["lost_steps"] else ""
+            return f"going on after step {event['step']}, from {event['source']}{lost}"
+        case "recovery" | "reshape":
+            return f"training again {event['first_commit_s']:.1f} s later"
+        case "straggler":
+            change = _times(event["slower"])
+            return f"device {event['device']} is {change} than it was, for good"
+        case "link":
+            rate = event["bytes_per_s"] * 8 / 1e6
+            return (
+                f"the link {event['source'][:8]} -> {event['target'][:8]} is "
+                f"{_times(event['slower'])} than it was, for good: {rate:.3g} Mbit/s"
+            )
+        case "search" if event.get("better_step_s") is not None:
+            verdict = "adopted" if event["adopted"] else "not adopted"
+            return (
+                f"a better plan, {event['better_step_s']:.3f} s a step instead of "
+                f"{event['step_s']:.3f}, is {verdict}: {event['reason']}"
+            )
+        case "waiting":
+            return f"waiting for devices: {event['message']}"
         case "stop":
             return f"stopping ({event['reason']}): one checkpoint, then the end"
     return ""
+
+
+def _times(slower: float) -> str:
+    return f"{slower:.1f} times slower" if slower > 1 else f"{1 / slower:.1f} times faster"

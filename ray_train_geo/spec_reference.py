@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
@@ -82,7 +83,8 @@ def _sections(
 ) -> Iterator[tuple[str, type[BaseModel], bool]]:
     """(dotted name, class, required) of every section below ``model``, outer ones first."""
     for name, field in model.model_fields.items():
-        section = field.annotation
+        kinds = typing.get_args(field.annotation) or (field.annotation,)  # or None: left out
+        section = kinds[0]
         if isinstance(section, type) and issubclass(section, BaseModel):
             yield ".".join((*path, name)), section, field.is_required()
             yield from _sections(section, (*path, name))

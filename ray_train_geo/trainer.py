@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ray_train_geo.driver import Callback, connected, follow, prepare
+from ray_train_geo.connection import connected
+from ray_train_geo.driver import Callback, follow, prepare
 from ray_train_geo.errors import GeoError
 from ray_train_geo.observe.run_directory import RunDirectory
 from ray_train_geo.spec import JobSpec, load_job, parse_job
@@ -59,9 +61,18 @@ class ScalingConfig:
 
 @dataclass(frozen=True)
 class FailureConfig:
-    """How often a lost worker is recovered from."""
+    """Lost workers: failures in a row that are recovered from, and how the run prepares for them.
+
+    Args:
+        max_failures: with no step committed between them.
+        memory_copies: steps between in-memory copies of what one node alone holds; 0: none, None:
+            as the job says.
+        wait_s: for devices, where too few are left; None: as the job says.
+    """
 
     max_failures: int = 3
+    memory_copies: int | None = None
+    wait_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -188,7 +199,8 @@ def _configured(job: JobSpec, scaling: ScalingConfig | None, run: RunConfig | No
         if run.storage_path is not None:
             raw["run"]["storage_path"] = str(run.storage_path)
         if run.failure_config is not None:
-            raw["failure"]["max_failures"] = run.failure_config.max_failures
+            given = dataclasses.asdict(run.failure_config)
+            raw["failure"] |= {name: value for name, value in given.items() if value is not None}
         kept = run.checkpoint_config
         if kept is not None and kept.num_to_keep is not None:
             raw["checkpoint"]["keep"] = kept.num_to_keep

@@ -1,7 +1,8 @@
-"""What all tests share: one thread for a process's arithmetic, and a token cache of their own."""
+"""What all tests share: one thread of arithmetic, no deadlines, and a token cache of their own."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -9,11 +10,23 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+if importlib.util.find_spec("hypothesis"):  # a GPU machine may lack it, too
+    from hypothesis import settings
+
+    # On a machine that others load, how long an example takes says nothing.
+    settings.register_profile("no deadlines", deadline=None)
+    settings.load_profile("no deadlines")
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _token_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["RAY_TRAIN_GEO_CACHE"] = str(tmp_path_factory.mktemp("cache") / "tokens")
     Path(os.environ["RAY_TRAIN_GEO_CACHE"]).mkdir()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with real Ray clusters come first: over two processes, the short ones then fill up."""
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -116,7 +116,10 @@ def test_examples_fit_the_schema(path: Path) -> None:
 
 def test_help_names_every_command() -> None:
     text = invoke("--help").stdout
-    for command in ("train", "validate", "plan", "submit", "status", "export", "import"):
+    for command in (
+        *("train", "validate", "plan", "simulate", "compare", "replay", "logs"),
+        *("submit", "status", "export", "import", "watch-node"),
+    ):
         assert command in text
 
 

@@ -15,6 +15,7 @@ EXPORTED = [
     "Callback",
     "Checkpoint",
     "CheckpointConfig",
+    "Comparison",
     "FailureConfig",
     "GeoError",
     "GeoTrainer",
@@ -25,9 +26,13 @@ EXPORTED = [
     "RunConfig",
     "RunError",
     "ScalingConfig",
+    "Simulated",
+    "compare",
     "load_job",
     "parse_job",
     "plan",
+    "replay_trace",
+    "simulate",
 ]
 
 # Users' files, other tools and later issues name these.
@@ -78,6 +83,7 @@ def test_the_version_is_the_installed_ones() -> None:
 def test_importing_the_package_is_cheap() -> None:
     code = (
         "import sys, ray_train_geo as r; r.parse_job; r.plan; r.Plan; r.GeoError;"
+        "r.simulate; r.compare; r.replay_trace; r.Simulated; r.Comparison;"
         "print([m for m in ('torch', 'ray', 'matplotlib') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -101,6 +107,8 @@ def test_the_sections() -> None:
         "data",
         "training",
         "parallelism",
+        "codecs",
+        "local_sgd",
         "scaling",
         "checkpoint",
         "failure",

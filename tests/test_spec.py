@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,7 @@ def test_an_override_that_is_no_yaml() -> None:
         ("parallelism.layers=[[1,2],[4,3]]", "of pipeline 1 is [4, 3]"),
         ("parallelism.microbatches=[4,3]", "8"),
         ("parallelism.microbatches=[8,0]", "microbatches"),
-        ("parallelism.schedule=zigzag", "parallelism.schedule: Input should be 'gpipe' or '1f1b'"),
+        ("parallelism.schedule=zigzag", "parallelism.schedule: Input should be 'auto', 'gpipe',"),
         ("scaling.max_devices=0", "scaling.max_devices: "),
         ("scaling.resources_per_worker={CPU: 0}", "asks for nothing"),
         ("scaling.resources_per_worker={CPU: -1}", "can't be negative"),
@@ -244,8 +245,20 @@ def test_fields_that_contradict_each_other() -> None:
     assert "microbatches is for 2 pipelines, but there are 1" in refused(
         "parallelism.microbatches=[4,4]", "parallelism.pipelines=1"
     )
+    assert "set parallelism.gradient_sync to sharded_ps, central_ps or auto" in refused(
+        "codecs.gradients=int8", "parallelism.gradient_sync=allreduce"
+    )
     assert "max_devices (1) is less than min_devices (2)" in refused(
         "scaling.min_devices=2", "scaling.max_devices=1"
+    )
+    assert "emulate_links needs the links" in refused("scaling.emulate_links=true")
+    assert "emulate_links is for workers on CPUs" in refused(
+        "scaling.emulate_links=true",
+        "scaling.topology=links.yaml",
+        "scaling.resources_per_worker={GPU: 1}",
+    )
+    assert "zero-bubble computes weight gradients apart, which training.compile" in refused(
+        "parallelism.schedule=zero-bubble", "training.compile=true"
     )
     assert "must divide heads" in refused("model.family=llama", "model.kv_heads=3")
     assert "must be even" in refused("model.family=llama", "model.dim=12")
@@ -296,3 +309,24 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         load_job(tmp_path / "none.yaml")
     with pytest.raises(SpecError, match="can't read the job spec"):
         load_job(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["local_sgd.inner_step=4"], "did you mean 'inner_steps'"),
+        (["local_sgd.fragments=60"], "fragments (60) is more than inner_steps (50)"),
+        (["local_sgd.delay_steps=50"], "delay_steps (50) must be less than inner_steps (50)"),
+        (["local_sgd.fragments=7"], "more than the model's layers"),
+        (["local_sgd.mix=0.3", "training.precision=fp16"], "training.precision to bf16 or fp32"),
+    ],
+)
+def test_local_sgd_that_can_not_be(overrides: list[str], message: str) -> None:
+    raw = {
+        "model": {"layers": 4, "dim": 8, "heads": 2},
+        "data": {"path": "x"},
+        "training": {"steps": 3, "global_batch": 4, "seq_len": 8},
+    }
+    assert parse_job(raw).local_sgd is None
+    with pytest.raises(SpecError, match=re.escape(message)):
+        parse_job(raw, overrides)

@@ -61,7 +61,12 @@ def _connections() -> Iterator[tuple[tuple[object, object], str, Traffic]]:
         except OSError:  # closed meanwhile
             continue
         try:
-            with socket.socket(fileno=copy) as connection:
+            connection = socket.socket(fileno=copy)
+        except OSError:  # another thread's file took its number
+            os.close(copy)
+            continue
+        try:
+            with connection:
                 if connection.type != socket.SOCK_STREAM or connection.family == socket.AF_UNIX:
                     continue
                 here, there = connection.getsockname(), connection.getpeername()
