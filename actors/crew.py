@@ -13,9 +13,8 @@ from typing import Any, Literal
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
-from ray.util import get_node_ip_address
-from torch.distributed import TCPStore
 
+from ray_train_geo.actors.ahead import Ahead, Rendezvous
 from ray_train_geo.actors.calls import Calls, LostWorkerError
 from ray_train_geo.actors.estate import Reign
 from ray_train_geo.actors.recorder import Recorder
@@ -77,7 +76,7 @@ class Crew:
         self._ranks: list[str] = []
         self._begun: Mapping[str, int] = {}
         self._generation = 0
-        self._rendezvous: TCPStore | None = None
+        self._rendezvous: Rendezvous | None = None
         self._pulse = Pulse()
         self._calls = Calls(recorder, self._name, self.lost, self.abort)
 
@@ -190,15 +189,16 @@ class Crew:
         recruits._workers = {}
         recruits.dismiss()
 
-    def transport(self) -> Literal["gloo", "nccl"]:
-        """What the job asks for, or the best that all workers can use.
+    def transport(self, plan: Plan) -> Literal["gloo", "nccl"]:
+        """What the job asks for, or the best that all of the plan's workers can use.
 
         Raises:
             ClusterError: nccl is asked for, but a worker can't use it.
         """
         wanted = self._job.parallelism.transport
         gpus = self._job.scaling.resources_per_worker.get("GPU", 0.0)
-        without = [self._infos[d] for d in self._ranks if not self._infos[d].nccl]
+        infos = (self._infos[d.id] for d in plan.devices)
+        without = [info for info in infos if not info.nccl]
         if wanted == "nccl" and (without or gpus < 1):
             where = f"{without[0].host} ({without[0].device})" if without else "a shared GPU"
             raise ClusterError(
@@ -207,8 +207,29 @@ class Crew:
             )
         return "gloo" if wanted == "gloo" or without or gpus < 1 else "nccl"
 
-    def build(self, assignments: Sequence[Assignment], within_s: float) -> float:
+    def prepare(self, assignments: Sequence[Assignment]) -> Ahead:
+        """Workers make the links of a next generation, while the one before trains on."""
+        rendezvous = Rendezvous()
+        devices = [a.device for a in assignments]
+        calls = {
+            self._workers[device].prepare.remote(a, rendezvous.host, rendezvous.port): device
+            for device, a in zip(devices, assignments, strict=True)
+        }
+        return Ahead(assignments[0].generation, assignments[0].plan, rendezvous, calls)
+
+    def forsake(self, ahead: Ahead) -> None:
+        """Nobody will use these links."""
+        for device in ahead.devices:
+            if device in self._workers:
+                self._workers[device].forsake.remote()
+
+    def build(
+        self, assignments: Sequence[Assignment], within_s: float, ahead: Ahead | None = None
+    ) -> float:
         """All workers take their roles; those without one give of the state that they have.
+
+        Args:
+            ahead: links of this generation that are made.
 
         Returns:
             Seconds until the last one had its state.
@@ -220,11 +241,10 @@ class Crew:
         for device in set(self._workers) - set(self._ranks):
             self._workers[device].give.remote(self._generation)
         # Where the workers find each other.  Its end releases whoever waits for one to come.
-        host = get_node_ip_address()
-        self._rendezvous = TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        port = self._rendezvous.port
+        made = ahead is not None
+        at = self._rendezvous = Rendezvous() if ahead is None else ahead.rendezvous
         calls = {
-            self._ranks[a.rank]: self._worker(a.rank).build.remote(a, host, port)
+            self._ranks[a.rank]: self._worker(a.rank).build.remote(a, at.host, at.port, made)
             for a in assignments
         }
         try:

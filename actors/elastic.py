@@ -13,6 +13,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 
+from ray_train_geo.actors.ahead import Ahead
 from ray_train_geo.actors.assigning import assignments
 from ray_train_geo.actors.calls import LostWorkerError
 from ray_train_geo.actors.crew import Crew
@@ -25,6 +26,7 @@ from ray_train_geo.actors.recorder import Recorder
 from ray_train_geo.actors.recruiter import Recruiter
 from ray_train_geo.actors.staffing import job_for, staff
 from ray_train_geo.actors.workforce import Workforce
+from ray_train_geo.cluster.topology import Topology
 from ray_train_geo.errors import ClusterError, PlanError
 from ray_train_geo.model.catalog import parameter_shapes
 from ray_train_geo.observe.trace import Span, worker_name
@@ -33,7 +35,7 @@ from ray_train_geo.planning.corrections import Corrections
 from ray_train_geo.planning.plan import Plan
 from ray_train_geo.planning.policy import ChangeHistory
 from ray_train_geo.planning.replan import replan
-from ray_train_geo.training.assignment import Outcome, Start
+from ray_train_geo.training.assignment import Assignment, Outcome, Start
 from ray_train_geo.training.checkpoint import CheckpointStore
 from ray_train_geo.training.mission import Mission, Phase
 from ray_train_geo.training.standing import Common, Standing, common_state, settlement
@@ -80,6 +82,8 @@ class ElasticRun:
         self._stopping = False
         self._crew: Crew | None = None
         self._change: Change | None = None
+        self._ahead: Ahead | None = None
+        self._numbered = 0
         self._situation: Situation | None = None
         self._leaving: frozenset[str] = frozenset()
         self._times: dict[str, float] = {}
@@ -105,6 +109,7 @@ class ElasticRun:
         crew = Crew([], self._mission.job, self._workforce, self._recorder)
         away_s = crew.adopt(self._workforce.session, reign)
         self.generation, self._plan, self._topology = reign.generation, reign.plan, reign.topology
+        self._numbered = reign.generation
         crew.assign(reign.generation, reign.plan)
         self._crew = crew
         return len(crew.devices), away_s
@@ -186,6 +191,7 @@ class ElasticRun:
                 self._times, self._cause, self._figures = {}, "better plan", {}
             except LostWorkerError as e:
                 began_s, event, reason = time.monotonic(), "recovery", str(e)
+                self._ahead = None  # the abort ends it, too
                 silence_s = max((crew.silence_s(d) for d in crew.lost()), default=0.0)
                 self._times = {"detection_s": silence_s}
                 self._cause, self._figures = "failure", {}
@@ -208,8 +214,9 @@ class ElasticRun:
     # ------------------------------------------------------------------ one generation
 
     def _build_generation(self, crew: Crew, state: Start | Common | None) -> None:
-        mission, plan, recorder = self._mission, self._plan, self._recorder
-        self.generation += 1
+        plan, recorder = self._plan, self._recorder
+        ahead = self._made_ahead(crew)
+        self.generation = self._next_number() if ahead is None else ahead.generation
         crew.assign(self.generation, plan)
         self._keep(self._reign(crew))
         recorder.run.write_json("plan.json", plan.to_json())
@@ -220,12 +227,9 @@ class ElasticRun:
             cause=self._cause,
             **self._figures,
         )
-        transport = crew.transport()
-        orders = assignments(
-            mission, plan, self._topology, crew, self.generation, transport, self._store.root, state
-        )
+        orders = self._orders(crew, plan, self._topology, self.generation, state)
         began_s = time.monotonic()
-        fetched_s = crew.build(orders, _BUILD_DEADLINE_S)
+        fetched_s = crew.build(orders, _BUILD_DEADLINE_S, ahead)
         self._times |= {"transfer_s": fetched_s, "build_s": time.monotonic() - began_s}
         crew.drop([d.id for d in crew.devices if d.id in self._leaving])
         self._leaving = frozenset()
@@ -234,14 +238,54 @@ class ElasticRun:
         recorder.event(
             "generation",
             generation=self.generation,
-            transport=transport,
+            transport=orders[0].transport,
             workers=crew.roll(plan),
         )
+
+    def _orders(
+        self,
+        crew: Crew,
+        plan: Plan,
+        topology: Topology,
+        generation: int,
+        state: Start | Common | None,
+    ) -> list[Assignment]:
+        return assignments(
+            self._mission, plan, topology, crew, generation, crew.transport(plan),
+            self._store.root, state,
+        )  # fmt: skip
+
+    def _next_number(self) -> int:
+        """No generation ever has that of another, nor that of links that were made ahead."""
+        self._numbered += 1
+        return self._numbered
+
+    def _prepare_links(self, crew: Crew, change: Change) -> Ahead | None:
+        """Have the links of the change's plan made, where that can be done beside training."""
+        plan, topology = change.plan, change.topology or self._topology
+        if plan is None or self._mission.job.scaling.emulate_links:
+            return None
+        if change.recruits is not None:
+            crew.join(change.recruits)
+        there = {d.id for d in crew.devices}
+        # Of NCCL one communicator more can get in the way of kernels that wait for each other.
+        if not {d.id for d in plan.devices} <= there or crew.transport(plan) != "gloo":
+            return None
+        orders = self._orders(crew, plan, topology, self._next_number(), None)
+        return crew.prepare(orders)
+
+    def _made_ahead(self, crew: Crew) -> Ahead | None:
+        """The links that were made ahead, if they are those of the plan that is now in force."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or (ahead.made and ahead.plan is self._plan):
+            return ahead
+        crew.forsake(ahead)
+        return None
 
     def _run_generation(self, crew: Crew, begun: bool) -> Outcome:
         """Run steps; or, if they have ``begun`` for a predecessor, see how they end."""
         self._phase("training")
-        self._pausing = False
+        self._pausing = self._preparing = False
         if self._stopping:
             crew.stop()
         self._situation = self._now(crew, waiting=False)
@@ -259,9 +303,14 @@ class ElasticRun:
 
     def _watch_changes(self) -> None:
         self._watch()
-        if self._change is not None and self._crew is not None and not self._pausing:
+        change, crew = self._change, self._crew
+        if change is None or crew is None or self._pausing:
+            return
+        if not self._preparing:
+            self._preparing, self._ahead = True, self._prepare_links(crew, change)
+        if self._ahead is None or not self._ahead.pending():
             self._pausing = True
-            self._crew.pause()
+            crew.pause()
 
     def _offered(self, change: Change) -> None:
         self._change = change
@@ -321,8 +370,9 @@ class ElasticRun:
         self._proposed: Plan | None = None
         if change is None:
             return ""
-        if change.recruits is not None and change.topology is not None:
-            crew.join(change.recruits)
+        if change.recruits is not None:
+            crew.join(change.recruits)  # unless they have
+        if change.topology is not None:
             self._topology = change.topology.with_devices(crew.devices)
         self._leaving = change.leaving
         if change.base is self._plan:

@@ -36,6 +36,7 @@ from ray_train_geo.training.batches import BatchSource
 from ray_train_geo.training.checkpoint import CheckpointStore
 from ray_train_geo.training.emulated_links import EmulatedLinks
 from ray_train_geo.training.gauge import Observed
+from ray_train_geo.training.links import Links
 from ray_train_geo.training.measure import device_memory_bytes, sustained_flops_per_s
 from ray_train_geo.training.memory import Memory
 from ray_train_geo.training.optimizer import build_optimizer
@@ -95,7 +96,7 @@ class Adopted:
 _remote: Any = ray.remote  # its stubs don't know concurrency groups
 
 
-@_remote(concurrency_groups={"control": 2})
+@_remote(concurrency_groups={"control": 3})
 class StageWorker:
     """One device.  ``build`` and ``run`` take their time; ``control`` calls get through to them.
 
@@ -111,6 +112,7 @@ class StageWorker:
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 0.0)
         torch.set_num_threads(max(1, int(cpus)))
         self._runtime: StageRuntime | None = None
+        self._ahead: Links | None = None
         self._emulated: EmulatedLinks | None = None
         self._memory = Memory()
         self._source = BatchSource()
@@ -151,8 +153,29 @@ class StageWorker:
         """Do what takes long the first time, while nobody waits for this worker."""
         self._source.open(job, dims, fingerprint)
 
-    def build(self, assignment: Assignment, store_host: str, store_port: int) -> float:
+    @ray.method(concurrency_group="control")
+    def prepare(self, assignment: Assignment, store_host: str, store_port: int) -> None:
+        """Make the links of the next generation, while the one before trains on."""
+        store = _rendezvous(store_host, store_port, assignment.deadline_s)
+        before, self._ahead = self._ahead, Links(assignment, store, self._device)
+        if before is not None:
+            _end(before)
+        links = self._ahead
+        if assignment.generation <= self._ended:  # an abort that came before it had a target
+            links.abort()
+        try:
+            links.join()
+        except BaseException:
+            links.abort()
+            raise
+
+    def build(
+        self, assignment: Assignment, store_host: str, store_port: int, ahead: bool = False
+    ) -> float:
         """Take a role in a new generation; the role in the old one, if any, ends.
+
+        Args:
+            ahead: :meth:`prepare` has made its links.
 
         Returns:
             Seconds that it took to get the stage's state.
@@ -160,15 +183,22 @@ class StageWorker:
         self._leave()
         if assignment.generation <= self._ended:
             raise AbortedError(f"generation {assignment.generation} has ended")
-        store = _rendezvous(store_host, store_port, assignment.deadline_s)
-        reporter = GenerationReporter(self._outbox, assignment.generation)
         scaling, emulation = assignment.job.scaling, None
         if scaling.emulate_links and scaling.topology is not None:
             self._emulated = EmulatedLinks(Path(scaling.topology), assignment.plan.devices)
             emulation = self._emulated.emulation
+        links, self._ahead = self._ahead, None
+        if links is not None and not (ahead and links.generation == assignment.generation):
+            _end(links)
+            links = None
+        if links is None:
+            if ahead:
+                raise AbortedError(f"generation {assignment.generation} has no links here")
+            store = _rendezvous(store_host, store_port, assignment.deadline_s)
+            links = Links(assignment, store, self._device, emulation)
         runtime = StageRuntime(
-            assignment, store, self._device, reporter, self._memory, self._source, emulation,
-            phases=self._phases,
+            assignment, links, self._device, GenerationReporter(self._outbox, links.generation),
+            self._memory, self._source, self._phases,
         )  # fmt: skip
         self._runtime = runtime
         if assignment.generation <= self._ended:  # an abort that came before it had a target
@@ -186,6 +216,9 @@ class StageWorker:
         The role in the old one ends: where the others get without this worker, it need not follow.
         """
         self._leave()
+        if self._ahead is not None:
+            _end(self._ahead)
+            self._ahead = None
         self._memory.enter(generation)
 
     def _leave(self) -> None:
@@ -282,6 +315,14 @@ class StageWorker:
         runtime = self._runtime
         if runtime is not None and runtime.assignment.generation <= generation:
             runtime.abort()
+        if self._ahead is not None:
+            self._ahead.abort()
+
+    @ray.method(concurrency_group="control")
+    def forsake(self) -> None:
+        """The links that were made ahead are not needed."""
+        if self._ahead is not None:
+            self._ahead.abort()
 
     @ray.method(concurrency_group="control")
     def observe(self) -> Observed | None:
@@ -319,6 +360,11 @@ def _rendezvous(host: str, port: int, deadline_s: float) -> TCPStore:
         return TCPStore(host, port, timeout=timedelta(seconds=deadline_s))
     except (OSError, RuntimeError) as e:  # torch's DistError is one
         raise TransportError(f"the coordinator's store is gone: {e}") from None
+
+
+def _end(links: Links) -> None:
+    links.abort()
+    links.close()
 
 
 def _since(after: int, standing: Standing) -> Standing:

@@ -28,6 +28,7 @@ from ray_train_geo.errors import StorageError
 from ray_train_geo.training.assignment import Assignment, StepRecord
 from ray_train_geo.training.checkpoint import CheckpointPart
 from ray_train_geo.training.emulation import Emulation
+from ray_train_geo.training.links import Links
 from ray_train_geo.training.runtime import StageRuntime
 
 _PATIENCE = timedelta(seconds=120)
@@ -59,13 +60,9 @@ def main() -> None:
     store = TCPStore(
         host, int(port), is_master=rank == "0", wait_for_workers=False, timeout=_PATIENCE
     )
-    runtime = StageRuntime(
-        assignments[int(rank)],
-        store,
-        torch.device("cpu"),
-        Recorder(folder / "records.jsonl"),
-        emulation=emulation,
-    )
+    assignment, device = assignments[int(rank)], torch.device("cpu")
+    links = Links(assignment, store, device, emulation)
+    runtime = StageRuntime(assignment, links, device, Recorder(folder / "records.jsonl"))
     try:
         runtime.build()
         runtime.run(int(until))

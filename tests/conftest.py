@@ -25,8 +25,23 @@ def _token_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with real Ray clusters come first: over two processes, the short ones then fill up."""
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    """Files with real Ray clusters come early, one between some others each.
+
+    A cluster takes most of a machine: two at a time would be slow, and one left for the end would
+    run alone.  (xdist hands files out in this order: ``--no-loadscope-reorder``.)
+    """
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    clusters = [f for f in files.values() if any(i.get_closest_marker("ray") for i in f)]
+    others = [f for f in files.values() if f not in clusters]
+    each = max(1, len(others) * 2 // 3 // max(1, len(clusters)))
+    ordered = []
+    for number, file in enumerate(others):
+        if number % each == 0 and clusters:
+            ordered.append(clusters.pop(0))
+        ordered.append(file)
+    items[:] = [item for file in (*ordered, *clusters) for item in file]
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -8,10 +8,12 @@ all else                                    streamed from the peers that have it
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ray_train_geo.model.stage import StageModule, build_stage
 from ray_train_geo.training.assignment import Assignment, Handover, Start
@@ -100,7 +102,7 @@ def _bare_stage(
     assignment: Assignment, layers: tuple[int, int], device: torch.device, kept: _Tensors
 ) -> StageModule:
     """A stage around the weights that are ``kept``; the others have no values yet."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialised():
         recompute = assignment.job.training.recompute
         module = StageModule(assignment.dims, *layers, recompute=recompute)
     weights = {
@@ -111,6 +113,22 @@ def _bare_stage(
     }
     module.load_state_dict(weights, assign=True)
     return module
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Modules made in here get no first values: on ``meta`` that is slow, and all for nothing."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = dict(kwargs or {})
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
 
 
 def _own(tensors: _Tensors, start: Handover) -> _Tensors:

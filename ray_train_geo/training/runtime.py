@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.distributed import PrefixStore, Store
 
 from ray_train_geo.codecs.workspace import Workspace
 from ray_train_geo.errors import AbortedError
@@ -26,12 +25,12 @@ from ray_train_geo.training.assignment import Assignment, Outcome, Reporter, Sta
 from ray_train_geo.training.batches import BatchSource
 from ray_train_geo.training.copies import Copier
 from ray_train_geo.training.edges import make_edges
-from ray_train_geo.training.emulation import Emulation
 from ray_train_geo.training.executor import Batches, StageExecutor, at_full_speed
 from ray_train_geo.training.gauge import Gauge, Observed
 from ray_train_geo.training.gradient_sync import GradientSync
-from ray_train_geo.training.groups import WORLD, Group, group_name, join_groups, on_hosts
+from ray_train_geo.training.groups import WORLD, group_name
 from ray_train_geo.training.inheritance import inherit
+from ray_train_geo.training.links import Links
 from ray_train_geo.training.local_stepping import LocalStepping
 from ray_train_geo.training.memory import Memory, Snapshot
 from ray_train_geo.training.outer_sync import OuterSync, outer_buckets
@@ -40,10 +39,6 @@ from ray_train_geo.training.saver import Saver
 from ray_train_geo.training.standing import Standing, Totals
 from ray_train_geo.training.stepping import Stepping, Synchronous
 from ray_train_geo.training.sums import gradient_sums
-from ray_train_geo.transport.base import Transport
-from ray_train_geo.transport.gloo import GlooEndpoint
-from ray_train_geo.transport.nccl import NcclTransport
-from ray_train_geo.transport.striped import StripedTransport
 from ray_train_geo.transport.tcp_meter import TcpMeter
 
 __all__ = ["StageRuntime"]
@@ -53,38 +48,33 @@ class StageRuntime:
     """A worker in one generation.  Methods but ``interrupt`` and ``abort`` are for one thread.
 
     Args:
-        store: rendezvous for all workers of the run.
+        links: of this generation; they may have been joined ahead.
         device: what the stage computes on.
         reporter: is told what happens.
         memory: the worker's, with what earlier generations left in it.
         source: the worker's data, opened at most once.
-        emulation: of devices and links, to be as slow as they are.
         phases: is told what the worker does.
     """
 
     def __init__(
         self,
         assignment: Assignment,
-        store: Store,
+        links: Links,
         device: torch.device,
         reporter: Reporter,
         memory: Memory | None = None,
         source: BatchSource | None = None,
-        emulation: Emulation | None = None,
         phases: PhasePage | None = None,
     ) -> None:
         self.assignment = assignment
         self.device = device
         self.memory = memory or Memory()
         self.fetch_s = 0.0
-        self._store = PrefixStore(f"generation{assignment.generation}", store)
+        self._links = links
         self._reporter = reporter
-        self._emulation = emulation
         self._source = source or BatchSource()
         self._stopping, self._pausing = threading.Event(), threading.Event()
         self._aborted = threading.Event()
-        self._endpoint = GlooEndpoint(self._store, assignment.hostname, assignment.deadline_s)
-        self._transports: dict[str, Transport] = {}
         self._phases = phases
         self._tracer = Tracer(enabled=False, phases=phases)
         self._workspace = Workspace(device)
@@ -120,9 +110,10 @@ class StageRuntime:
             for layer in self._state.module.layers.values():
                 layer.compile()
         buckets = self._state.buckets
-        self._transports = join_groups(plan, a.dims, a.rank, self._connect, a.job.local_sgd)
+        self._links.join()
+        transports = self._links.transports
         groups = {
-            bucket.holders: self._transports[group_name("sync", bucket.holders)]
+            bucket.holders: transports[group_name("sync", bucket.holders)]
             for bucket in buckets
             if len(bucket.holders) > 1
         }
@@ -130,7 +121,7 @@ class StageRuntime:
         self._sync = GradientSync(buckets, groups, sums, self._tracer)
         self._steps = self._stepping((began.step, began.loss_scale))
         self._count_arrivals()
-        slow = self._emulation
+        slow = self._links.emulation
         pace = at_full_speed if slow is None else slow.pace(self._state.module, a)
         actions = self._actions()
         self._gauge = Gauge(self.device, pace, {action.kind for action in actions})
@@ -139,7 +130,7 @@ class StageRuntime:
             actions=actions,
             first_microbatch=pipeline.first_microbatch,
             batches=self._abortable(batches),
-            edges=make_edges(a, self._transports, self._workspace, self._tracer),
+            edges=make_edges(a, transports, self._workspace, self._tracer),
             seed=training.seed,
             tracer=self._tracer,
             before_last_gradients=self._begin_arrivals,
@@ -153,7 +144,8 @@ class StageRuntime:
 
     def _stepping(self, began: tuple[int, LossScale]) -> Stepping:
         a, state, spec = self.assignment, self._state, self.assignment.job.local_sgd
-        world, tracer = self._transports[WORLD], self._tracer
+        transports, tracer = self._links.transports, self._tracer
+        world = transports[WORLD]
         committed = self._reporter.committed if a.rank == 0 else _untold
         if spec is None or a.island is None:
             return Synchronous(a, state, began, world, tracer, committed)
@@ -161,12 +153,12 @@ class StageRuntime:
         limit = a.job.parallelism.bucket_bytes
         buckets = outer_buckets(sizes, a.plan, a.dims, spec.fragments, limit)
         merging = {
-            bucket.holders: self._transports[group_name("merge", bucket.holders)]
+            bucket.holders: transports[group_name("merge", bucket.holders)]
             for bucket in buckets
             if len(bucket.holders) > 1
         }
         sync = OuterSync(a.rank, islands(a.plan, spec.across), merging, spec.codec, a.deadline_s)
-        mates = self._transports.get(group_name("island", a.island.ranks))
+        mates = transports.get(group_name("island", a.island.ranks))
         return LocalStepping(
             a, spec, state, began, a.island, mates, world, buckets, sync, tracer, committed
         )
@@ -194,24 +186,7 @@ class StageRuntime:
         copies = {name: t.to("cpu", copy=True) for name, t in live.tensors.items()}
         return Snapshot(live.step, live.updates, live.loss_scale, copies)
 
-    # ------------------------------------------------------------------ links
-
-    def _connect(self, group: Group, rank: int) -> Transport:
-        a = self.assignment
-        if a.transport == "nccl" and not on_hosts(group.name):
-            return NcclTransport.connect(
-                self._store, group.name, rank, len(group.members), self.device, a.deadline_s
-            )
-        size, count = len(group.members), a.flows.get(group.name, 1)
-
-        def connect(name: str) -> Transport:
-            names = [name, *(f"{name}/flow{i}" for i in range(1, count))]
-            flows: list[Transport] = [self._endpoint.connect(name, rank, size) for name in names]
-            return flows[0] if count == 1 else StripedTransport(flows)
-
-        if self._emulation is not None:
-            return self._emulation.shape(connect, group, a)
-        return connect(group.name)
+    # ------------------------------------------------------------------ schedule
 
     def _actions(self) -> list[Action]:
         a = self.assignment
@@ -284,11 +259,8 @@ class StageRuntime:
         if self._state.residuals is not None:
             self._state.residuals.release(steps.scale.factor)
         if self.device.type == "cuda":
-            # Reading a number waits for the GPU without a deadline; these waits have one.  (What is
-            # under way in the world is the commit, which nobody has sent yet.)
-            for name, transport in self._transports.items():
-                if not on_hosts(name):
-                    transport.synchronize(deadline_s)
+            # Reading a number waits for the GPU without a deadline; these waits have one.
+            self._links.synchronize(deadline_s)
         assert self._copier is not None
         self._copier.finish()
         loss = 0.0 if loss_sum is None else float(loss_sum)
@@ -299,12 +271,12 @@ class StageRuntime:
 
     def observe(self) -> Observed:
         """What was measured since the last call; from any thread, while steps run."""
-        a, gauge = self.assignment, self._gauge
+        a, gauge, emulation = self.assignment, self._gauge, self._links.emulation
         return Observed(
             generation=a.generation,
             microbatch_s=None if gauge is None else gauge.microbatch_s(),
-            shaped={} if self._emulation is None else self._emulation.carried(a.device),
-            addresses=self._meter.read(self._endpoint.peers - {a.hostname}),
+            shaped={} if emulation is None else emulation.carried(a.device),
+            addresses=self._meter.read(self._links.peers),
         )
 
     # ------------------------------------------------------------------ after the generation
@@ -345,17 +317,13 @@ class StageRuntime:
         self._aborted.set()
         if self._phases is not None:
             self._phases.enter("recovery")
-        self._endpoint.abort()
+        self._links.abort()
         if self._copier is not None:
             self._copier.abort()
-        for transport in list(self._transports.values()):
-            transport.abort()
 
     def close(self) -> None:
         """Give everything back."""
-        for transport in self._transports.values():
-            transport.close()
-        self._transports = {}
+        self._links.close()
         self._forget_arrivals()
         if self._copier is not None:
             self._copier.close()

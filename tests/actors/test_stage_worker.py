@@ -32,6 +32,7 @@ def test_who_is_left_out_gives_what_it_has_and_need_not_follow() -> None:
     actor: Any = StageWorker
     worker = object.__new__(actor.__ray_metadata__.modified_class)
     worker._memory, worker._emulated, worker._ended_as = Memory(), None, None
+    worker._ahead = None
     role = worker._runtime = Role(worker._memory)
     assert worker.standing(0).step == 7
     worker.give(3)

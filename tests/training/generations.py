@@ -17,6 +17,7 @@ from ray_train_geo.spec import JobSpec
 from ray_train_geo.training.assignment import Assignment, Handover, Outcome, StepRecord
 from ray_train_geo.training.buckets import holding_devices
 from ray_train_geo.training.copies import CopyDuty
+from ray_train_geo.training.links import Links
 from ray_train_geo.training.memory import Memory
 from ray_train_geo.training.runtime import StageRuntime
 from ray_train_geo.training.sources import sources_of
@@ -79,16 +80,12 @@ class Generations:
         for device in plan.devices:
             if device.id not in self.workers:
                 self.workers[device.id] = Worker()
-        runtimes = {
-            rank: StageRuntime(
-                self._assignment(plan, rank, common, (duties or {}).get(rank)),
-                store,
-                torch.device("cpu"),
-                _Reporter(self.records),
-                self.workers[plan.devices[rank].id].memory,
-            )
-            for rank in ranks
-        }
+        runtimes = {}
+        for rank in ranks:
+            assignment = self._assignment(plan, rank, common, (duties or {}).get(rank))
+            cpu, memory = torch.device("cpu"), self.workers[plan.devices[rank].id].memory
+            links, reporter = Links(assignment, store, cpu), _Reporter(self.records)
+            runtimes[rank] = StageRuntime(assignment, links, cpu, reporter, memory)
         for device, worker in self.workers.items():
             if device not in {d.id for d in plan.devices}:
                 worker.memory.enter(self._number)
