@@ -239,6 +239,7 @@ class ElasticRun:
             "generation",
             generation=self.generation,
             transport=orders[0].transport,
+            links_ahead=ahead is not None,
             workers=crew.roll(plan),
         )
 

@@ -89,6 +89,8 @@ def test_a_node_dies_another_takes_its_place_and_is_drained(
     assert "drained" in left["reason"]
     assert left["step"] > joined["step"]
     (last,) = events(tmp_path, "generation")[3:]
+    # What is planned has its links made while the others train; what is not can't.
+    assert [g["links_ahead"] for g in (second, third, last)] == [False, True, True]
     assert [w["pid"] for w in last["workers"]] == [first[0]["pid"]]
 
     restored = events(tmp_path, "restore")

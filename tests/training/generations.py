@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,10 +70,12 @@ class Generations:
         common: Common | None = None,
         duties: Mapping[int, CopyDuty] | None = None,
         before: Callable[[dict[int, StageRuntime]], None] = lambda runtimes: None,
+        ahead: Mapping[int, Links] | None = None,
     ) -> dict[int, Outcome | BaseException]:
         """One generation to its end; what each rank's run returned or raised.
 
         Args:
+            ahead: what :meth:`links` gave for this plan, while the one before ran.
             before: gets all runtimes, built, before they run.
         """
         self._number += 1
@@ -84,7 +87,8 @@ class Generations:
         for rank in ranks:
             assignment = self._assignment(plan, rank, common, (duties or {}).get(rank))
             cpu, memory = torch.device("cpu"), self.workers[plan.devices[rank].id].memory
-            links, reporter = Links(assignment, store, cpu), _Reporter(self.records)
+            links = Links(assignment, store, cpu) if ahead is None else ahead[rank]
+            reporter = _Reporter(self.records)
             runtimes[rank] = StageRuntime(assignment, links, cpu, reporter, memory)
         for device, worker in self.workers.items():
             if device not in {d.id for d in plan.devices}:
@@ -98,6 +102,12 @@ class Generations:
         for runtime in runtimes.values():
             runtime.close()
         return ended
+
+    def links(self, plan: Plan) -> dict[int, Links]:
+        """Of the next generation under ``plan``, not yet joined."""
+        store, cpu, number = HashStore(), torch.device("cpu"), self._number + 1
+        orders = (self._assignment(plan, rank, None, None) for rank in range(plan.world_size))
+        return {a.rank: Links(replace(a, generation=number), store, cpu) for a in orders}
 
     def _assignment(
         self, plan: Plan, rank: int, common: Common | None, duty: CopyDuty | None
