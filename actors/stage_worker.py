@@ -39,7 +39,6 @@ from ray_train_geo.training.gauge import Observed
 from ray_train_geo.training.links import Links
 from ray_train_geo.training.measure import device_memory_bytes, sustained_flops_per_s
 from ray_train_geo.training.memory import Memory
-from ray_train_geo.training.optimizer import build_optimizer
 from ray_train_geo.training.runtime import StageRuntime
 from ray_train_geo.training.standing import Standing, Totals
 from ray_train_geo.transport.nccl import nccl_available
@@ -131,7 +130,8 @@ class StageWorker:
         """Say where and what this is, and measure the device on the job's layers."""
         context = ray.get_runtime_context()
         flops_per_s = sustained_flops_per_s(dims, training, self._device)
-        build_optimizer({"weight": torch.zeros(1)}, training)  # imports much of torch
+        if training.recompute or training.compile:
+            pass  # long, and else in the midst of the first step
         # What is loaded by now stays: a collection between two generations need not look at it.
         gc.collect()
         gc.freeze()

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from ray_train_geo.model.catalog import ModelDims
@@ -21,7 +24,7 @@ from ray_train_geo.model.gpt import GPTLayer
 from ray_train_geo.model.llama import LlamaLayer, rotary_tables
 from ray_train_geo.model.split_backward import Deferred, Linear, SplitBackward, linear
 
-__all__ = ["StageModule", "build_stage", "initialize", "next_token_loss"]
+__all__ = ["StageModule", "bare_stage", "build_stage", "initialize", "next_token_loss"]
 
 _INIT_CHUNK_ELEMENTS = 2**20
 
@@ -193,8 +196,49 @@ def build_stage(
     recompute: bool = False,
 ) -> StageModule:
     """A stage with initial weights, in fp32 on ``device``; arguments as :class:`StageModule`."""
-    with torch.device("meta"):  # skips torch's own initialisation
-        module = StageModule(dims, first, last, recompute=recompute)
-    module.to_empty(device=device)
+    module = bare_stage(dims, first, last, {}, device=device, recompute=recompute)
     initialize(module, seed)
     return module
+
+
+def bare_stage(
+    dims: ModelDims,
+    first: int,
+    last: int,
+    weights: Mapping[str, Tensor],
+    *,
+    device: torch.device | str = "cpu",
+    recompute: bool = False,
+) -> StageModule:
+    """A stage around ``weights`` (by name, of its own shapes); the others have no values yet.
+
+    Args:
+        device: where those others are.
+    """
+    with torch.device("meta"), _Uninitialised():
+        module = StageModule(dims, first, last, recompute=recompute)
+    state = {
+        name: weights[name] if name in weights else torch.empty(p.shape, device=device)
+        for name, p in module.named_parameters()
+    }
+    module.load_state_dict(state, assign=True)
+    return module
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Modules made in here get no first values.
+
+    On ``meta`` they would be for nothing, and torch imports its compiler to make them.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = dict(kwargs or {})
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)

@@ -8,14 +8,12 @@ all else                                    streamed from the peers that have it
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from ray_train_geo.model.stage import StageModule, build_stage
+from ray_train_geo.model.stage import bare_stage, build_stage
 from ray_train_geo.training.assignment import Assignment, Handover, Start
 from ray_train_geo.training.buckets import holders_of, make_buckets
 from ray_train_geo.training.checkpoint import read_tensors
@@ -66,7 +64,10 @@ def inherit(assignment: Assignment, device: torch.device, memory: Memory) -> Inh
     else:
         if isinstance(start, Handover):
             kept = _own(memory.live_at(start.step), start)
-        module = _bare_stage(assignment, (first, last), device, kept)
+        weights = {n.removeprefix("model."): t for n, t in kept.items() if n.startswith("model.")}
+        module = bare_stage(
+            assignment.dims, first, last, weights, device=device, recompute=training.recompute
+        )
     sizes = {name: p.numel() for name, p in module.named_parameters()}
     buckets = make_buckets(
         sizes,
@@ -96,39 +97,6 @@ def inherit(assignment: Assignment, device: torch.device, memory: Memory) -> Inh
                 scale = LossScale(manifest.loss_scale, manifest.good_steps)
             step = manifest.step
     return Inheritance(state, scale, step, time.perf_counter() - began)
-
-
-def _bare_stage(
-    assignment: Assignment, layers: tuple[int, int], device: torch.device, kept: _Tensors
-) -> StageModule:
-    """A stage around the weights that are ``kept``; the others have no values yet."""
-    with torch.device("meta"), _Uninitialised():
-        recompute = assignment.job.training.recompute
-        module = StageModule(assignment.dims, *layers, recompute=recompute)
-    weights = {
-        name: kept[f"model.{name}"]
-        if f"model.{name}" in kept
-        else torch.empty(p.shape, device=device)
-        for name, p in module.named_parameters()
-    }
-    module.load_state_dict(weights, assign=True)
-    return module
-
-
-class _Uninitialised(TorchFunctionMode):
-    """Modules made in here get no first values: on ``meta`` that is slow, and all for nothing."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        given = dict(kwargs or {})
-        if getattr(func, "__module__", None) == nn.init.__name__:
-            return args[0] if args else given["tensor"]
-        return func(*args, **given)
 
 
 def _own(tensors: _Tensors, start: Handover) -> _Tensors:

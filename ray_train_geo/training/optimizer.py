@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch.optim.adamw import adamw
 
 from ray_train_geo.spec import TrainingSpec
 
-__all__ = ["MOMENTS", "build_optimizer", "learning_rate", "optimizer_steps", "set_optimizer_steps"]
+__all__ = ["MOMENTS", "AdamW", "learning_rate"]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps for each weight, by torch's names."""
@@ -32,44 +32,79 @@ def learning_rate(step: int, training: TrainingSpec) -> float:
     )
 
 
-def build_optimizer(
-    weights: Mapping[str, torch.Tensor],
-    training: TrainingSpec,
-    moments: Mapping[str, torch.Tensor] | None = None,
-) -> torch.optim.AdamW:
-    """AdamW over ``weights`` (by name); matrices decay, norms and biases do not.
+class AdamW:
+    """AdamW over ``weights`` (fp32, by name); matrices decay, norms and biases do not.
 
-    The moments are made at once, so that state has the same form before the first step.
+    It is torch's, by its functional form: the class ``torch.optim.AdamW`` imports torch's compiler,
+    which is a third of what a worker on a new node has to load before it computes.  The moments
+    are made at once, so that state has the same form before the first step.
 
     Args:
         moments: to be taken over, by flat name (``exp_avg.NAME``); the others begin at 0.
     """
-    decay = [w for w in weights.values() if w.dim() >= 2]
-    keep = [w for w in weights.values() if w.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": decay, "weight_decay": training.weight_decay},
-            {"params": keep, "weight_decay": 0.0},
-        ],
-        lr=training.lr,
-        betas=training.betas,
-        eps=training.eps,
-        fused=True,
-    )
-    for name, weight in weights.items():
-        state: dict[str, Any] = optimizer.state[weight]
-        state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
-        for moment in MOMENTS:
-            taken = (moments or {}).get(f"{moment}.{name}")
-            state[moment] = torch.zeros_like(weight) if taken is None else taken
-    return optimizer
 
+    def __init__(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        training: TrainingSpec,
+        moments: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        self._weights = dict(weights)
+        self._training = training
+        self.moments = {
+            moment: {
+                name: torch.zeros_like(weight) if taken is None else taken
+                for name, weight in self._weights.items()
+                for taken in [(moments or {}).get(f"{moment}.{name}")]
+            }
+            for moment in MOMENTS
+        }
+        # The kernel counts each weight's updates where the weight is.
+        self._steps = {
+            name: torch.zeros((), dtype=torch.float32, device=weight.device)
+            for name, weight in self._weights.items()
+        }
 
-def optimizer_steps(optimizer: torch.optim.AdamW) -> int:
-    """How many updates were applied (steps that overflowed do not count)."""
-    return int(next(iter(optimizer.state.values()))["step"])
+    @property
+    def updates(self) -> int:
+        """How many updates were applied (steps that overflowed do not count)."""
+        return int(next(iter(self._steps.values())))
 
+    @updates.setter
+    def updates(self, number: int) -> None:
+        for steps in self._steps.values():
+            steps.fill_(number)
 
-def set_optimizer_steps(optimizer: torch.optim.AdamW, steps: int) -> None:
-    for state in optimizer.state.values():
-        state["step"].fill_(steps)
+    @torch.no_grad()
+    def step(self, lr: float, factor: float = 1.0) -> None:
+        """One update with the weights' gradients times ``factor``; without a gradient, none."""
+        there = [name for name, weight in self._weights.items() if weight.grad is not None]
+        decaying = [name for name in there if self._weights[name].dim() >= 2]
+        keeping = [name for name in there if self._weights[name].dim() < 2]
+        for names, decay in ((decaying, self._training.weight_decay), (keeping, 0.0)):
+            if names:
+                self._update(names, lr, decay, factor)
+
+    def _update(self, names: Sequence[str], lr: float, decay: float, factor: float) -> None:
+        weights = [self._weights[name] for name in names]
+        gradients = [grad for weight in weights if (grad := weight.grad) is not None]
+        # The fused kernel divides by this as it reads the gradients: no pass of their own.
+        scale = None if factor == 1.0 else torch.tensor(1.0 / factor, device=weights[0].device)
+        first, second = ([self.moments[moment][name] for name in names] for moment in MOMENTS)
+        adamw(
+            weights,
+            gradients,
+            first,
+            second,
+            [],
+            [self._steps[name] for name in names],
+            fused=True,
+            grad_scale=scale,
+            amsgrad=False,
+            beta1=self._training.betas[0],
+            beta2=self._training.betas[1],
+            lr=lr,
+            weight_decay=decay,
+            eps=self._training.eps,
+            maximize=False,
+        )

@@ -11,19 +11,13 @@ needs none in fp32: its gradients are left to autograd, which saves clearing and
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 
 from ray_train_geo.model.stage import StageModule
 from ray_train_geo.spec import TrainingSpec
 from ray_train_geo.training.buckets import Bucket
-from ray_train_geo.training.optimizer import (
-    MOMENTS,
-    build_optimizer,
-    optimizer_steps,
-    set_optimizer_steps,
-)
+from ray_train_geo.training.optimizer import MOMENTS, AdamW
 from ray_train_geo.training.outer import OuterState
 from ray_train_geo.training.precision import DTYPES
 from ray_train_geo.training.residuals import Residuals
@@ -37,7 +31,7 @@ class StageState:
     Args:
         module: the stage, in fp32, on its device; turned to the job's precision here.
         buckets: how the gradients are laid out in flat buffers.
-        moments: AdamW's, to be taken over; see :func:`build_optimizer`.  Likewise, under local SGD,
+        moments: AdamW's, to be taken over; see :class:`AdamW`.  Likewise, under local SGD,
             the outer optimizer's.
         local_sgd: there is an outer optimizer.
         feeds_back: sums are encoded, and what is left out is kept.
@@ -67,7 +61,7 @@ class StageState:
         for index, bucket in enumerate(buckets):
             if self._low_precision or len(bucket.holders) > 1:
                 self.buffers[index] = self._flat_gradients(bucket)
-        self.optimizer = build_optimizer(self.weights, training, moments)
+        self.optimizer = AdamW(self.weights, training, moments)
         self.outer = OuterState(self.weights, moments or {}) if local_sgd else None
         self.residuals = Residuals(buckets, self.weights) if feeds_back else None
 
@@ -130,18 +124,9 @@ class StageState:
             return 0.0
         return float(torch.stack(torch._foreach_norm(mine)).double().square().sum())
 
-    @torch.no_grad()
     def apply(self, learning_rate: float, factor: float) -> None:
         """One AdamW update with the gradients times ``factor``."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        optimizer: Any = self.optimizer  # torch's stubs lack what its GradScaler sets
-        optimizer.grad_scale = None
-        if factor != 1.0:
-            # The fused kernel divides by this as it reads the gradients: no pass of their own.
-            device = self.optimizer.param_groups[0]["params"][0].device
-            optimizer.grad_scale = torch.tensor(1.0 / factor, device=device)
-        optimizer.step()
+        self.optimizer.step(learning_rate, factor)
         self.refresh()
         if self.residuals is not None:
             self.residuals.commit()
@@ -167,7 +152,7 @@ class StageState:
     @property
     def updates(self) -> int:
         """AdamW updates so far; steps that overflowed do not count."""
-        return optimizer_steps(self.optimizer)
+        return self.optimizer.updates
 
     def tensors(self, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
         """The state as flat names: ``model.NAME``, ``exp_avg.NAME``, ``exp_avg_sq.NAME``.
@@ -189,7 +174,7 @@ class StageState:
             weight = self.weights[name]
             found[f"model.{name}"] = weight.detach()
             for moment in MOMENTS:
-                found[f"{moment}.{name}"] = self.optimizer.state[weight][moment]
+                found[f"{moment}.{name}"] = self.optimizer.moments[moment][name]
         return found
 
     @torch.no_grad()
@@ -198,5 +183,5 @@ class StageState:
         mine = self.tensors()
         for name, tensor in tensors.items():
             mine[name].copy_(tensor)
-        set_optimizer_steps(self.optimizer, updates)
+        self.optimizer.updates = updates
         self.refresh()

@@ -46,8 +46,7 @@ def gradient_sums(
         assert state.residuals is not None
 
         def moment(name: str) -> torch.Tensor:
-            found: torch.Tensor = state.optimizer.state[state.weights[name]]["exp_avg"]
-            return found
+            return state.optimizer.moments["exp_avg"][name]
 
         return LowRankSums(
             state.buckets,

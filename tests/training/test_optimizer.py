@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -12,13 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_train_geo.spec import TrainingSpec
-from ray_train_geo.training.optimizer import (
-    MOMENTS,
-    build_optimizer,
-    learning_rate,
-    optimizer_steps,
-    set_optimizer_steps,
-)
+from ray_train_geo.training.optimizer import MOMENTS, AdamW, learning_rate
 
 
 def spec(**fields: Any) -> TrainingSpec:
@@ -64,26 +60,26 @@ def weights() -> dict[str, torch.Tensor]:
 
 def test_matrices_decay_and_vectors_do_not() -> None:
     mine, training = weights(), spec(lr=0.1, weight_decay=0.5)
-    optimizer = build_optimizer(mine, training)
+    optimizer = AdamW(mine, training)
     before = copy.deepcopy(mine)
     for weight in mine.values():
         weight.grad = torch.zeros_like(weight)
-    optimizer.step()
+    optimizer.step(0.1)
     torch.testing.assert_close(mine["matrix"], before["matrix"] * (1 - 0.1 * 0.5))
     assert torch.equal(mine["bias"], before["bias"])
 
 
 def test_the_update_is_torchs() -> None:
     mine, theirs, training = weights(), weights(), spec(lr=0.01, weight_decay=0.0)
-    ours = build_optimizer(mine, training)
+    ours = AdamW(mine, training)
     plain = torch.optim.AdamW(
         theirs.values(), lr=0.01, betas=training.betas, eps=training.eps, weight_decay=0.0
     )
     for step in range(5):
         for name in mine:
             gradient = torch.full_like(mine[name], 0.1 * step - 0.2)
-            mine[name].grad, theirs[name].grad = gradient, gradient.clone()
-        ours.step()
+            mine[name].grad, theirs[name].grad = 8 * gradient, gradient.clone()
+        ours.step(0.01, factor=1 / 8)
         plain.step()
     for name in mine:
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-6, atol=1e-7)
@@ -91,11 +87,37 @@ def test_the_update_is_torchs() -> None:
 
 def test_state_is_there_before_the_first_step() -> None:
     mine = weights()
-    optimizer = build_optimizer(mine, spec())
-    assert optimizer_steps(optimizer) == 0
+    optimizer = AdamW(mine, spec())
+    assert optimizer.updates == 0
+    assert set(optimizer.moments) == set(MOMENTS)
+    for moments in optimizer.moments.values():
+        assert {n: m.shape for n, m in moments.items()} == {n: w.shape for n, w in mine.items()}
+        assert all(not moment.any() for moment in moments.values())
+    optimizer.updates = 7
+    assert optimizer.updates == 7
     for weight in mine.values():
-        assert set(optimizer.state[weight]) == {"step", *MOMENTS}
-        assert all(not optimizer.state[weight][m].any() for m in MOMENTS)
-    set_optimizer_steps(optimizer, 7)
-    assert optimizer_steps(optimizer) == 7
-    assert all(int(state["step"]) == 7 for state in optimizer.state.values())
+        weight.grad = torch.ones_like(weight)
+    optimizer.step(0.1)
+    assert optimizer.updates == 8
+
+
+def test_a_weight_without_a_gradient_stays() -> None:
+    mine = weights()
+    optimizer, before = AdamW(mine, spec()), copy.deepcopy(mine)
+    mine["bias"].grad = torch.ones_like(mine["bias"])
+    optimizer.step(0.1)
+    assert torch.equal(mine["matrix"], before["matrix"])
+    assert not torch.equal(mine["bias"], before["bias"])
+
+
+def test_a_step_needs_nothing_of_torchs_compiler() -> None:
+    code = """
+import sys, torch
+from ray_train_geo.spec import TrainingSpec
+from ray_train_geo.training.optimizer import AdamW
+weight = torch.ones(2, 2)
+weight.grad = torch.ones(2, 2)
+AdamW({"w": weight}, TrainingSpec(steps=1, global_batch=1, seq_len=1)).step(0.1)
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

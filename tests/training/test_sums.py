@@ -69,10 +69,10 @@ class Stage:
         self.buckets = [Bucket(tuple(range(ranks)), tuple(self.weights))]
         self.buffers = {0: torch.zeros(sum(w.numel() for w in self.weights.values()))}
         moments = {
-            w: {"exp_avg": torch.randn(w.shape, generator=torch.Generator().manual_seed(i))}
-            for i, w in enumerate(self.weights.values())
+            name: torch.randn(w.shape, generator=torch.Generator().manual_seed(i))
+            for i, (name, w) in enumerate(self.weights.items())
         }
-        self.optimizer = type("Optimizer", (), {"state": moments})
+        self.optimizer = type("Optimizer", (), {"moments": {"exp_avg": moments}})
         self.residuals: Residuals | None = Residuals(self.buckets, self.weights)
 
 
