@@ -8,6 +8,7 @@ most part asleep.  Everything else is the runtime's own.
     in one room     no delays                       what all others are held against
     plain           1F1B, all-reduce, fp32 messages
     best            what the planner chooses with int4 activations and int8 gradients
+    best, delayed   the same, and sums have the whole of the next step to come round
     local SGD       the same, and pipelines that merge every few steps (DiLoCo)
     torch           torch.distributed.pipelining, GPipe and 1F1B, all-reduce
 
@@ -76,13 +77,16 @@ PLAIN: dict[str, dict[str, Any]] = {
     "parallelism": {"gradient_sync": "allreduce", "extra_warmup": 0},
 }
 BEST: dict[str, dict[str, Any]] = {"codecs": {"activations": "int4", "gradients": "int8"}}
+DELAYED = {**BEST, "parallelism": {"delay_steps": 1}}
 ROUND, ROUNDS = 8, 2
 LOCAL = {"inner_steps": ROUND, "fragments": 4, "delay_steps": 1, "codec": "int4"}
+MERGED = {**BEST, "local_sgd": LOCAL}
 CASES = (
     Case("in one room", PLAIN, shaped=False),
     Case("plain", PLAIN),
     Case("best", BEST),
-    Case("local SGD", {**BEST, "local_sgd": LOCAL}, round=ROUND),
+    Case("best, delayed", DELAYED),
+    Case("local SGD", MERGED, round=ROUND),
     Case("torch GPipe", PLAIN, peer="gpipe"),
     Case("torch 1F1B", PLAIN, peer="1f1b"),
 )
