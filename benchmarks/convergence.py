@@ -28,7 +28,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import torch
-
 from worldwide import BEST, DELAYED, MERGED
 
 from ray_train_geo.cluster.topology import Device, Topology
