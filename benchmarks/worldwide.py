@@ -78,8 +78,8 @@ PLAIN: dict[str, dict[str, Any]] = {
 }
 BEST: dict[str, dict[str, Any]] = {"codecs": {"activations": "int4", "gradients": "int8"}}
 DELAYED = {**BEST, "parallelism": {"delay_steps": 1}}
-ROUND, ROUNDS = 8, 2
-LOCAL = {"inner_steps": ROUND, "fragments": 4, "delay_steps": 1, "codec": "int4"}
+ROUND, ROUNDS = 2, 4
+LOCAL = {"inner_steps": ROUND, "fragments": 2, "delay_steps": 1, "codec": "int4"}
 MERGED = {**BEST, "local_sgd": LOCAL}
 CASES = (
     Case("in one room", PLAIN, shaped=False),

@@ -250,6 +250,7 @@ class LocalStepping:
                 self._outer.merge(
                     learned.bucket.names, mean, learned.tokens,
                     spec.outer_lr, spec.outer_momentum, mix,
+                    learned.pseudogradient if spec.carry else None,
                 )  # fmt: skip
             self._state.refresh()
 

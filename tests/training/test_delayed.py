@@ -18,7 +18,7 @@ from ray_train_geo.training.assignment import Outcome, Start
 from ray_train_geo.training.checkpoint import CheckpointStore, read_manifest
 from ray_train_geo.training.runtime import StageRuntime
 
-STEPS = 9
+STEPS = 7
 DELAYED = "parallelism.delay_steps=1"
 TWO_BY_TWO = ["parallelism.pipelines=2", "parallelism.stages=2"]
 
@@ -109,8 +109,7 @@ def breaking(runtime: StageRuntime, step: int, moment: str) -> None:
     steps._voted = breaks
 
 
-@pytest.mark.parametrize("moment", ["summing", "voted", "computing"])
-@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize(("rank", "moment"), [(3, "summing"), (0, "voted"), (3, "computing")])
 def test_a_loss_changes_nothing(run: Generations, rank: int, moment: str) -> None:
     four = plan(run.job, ["a", "b", "c", "d"], "pipelines=2", "stages=2")
     ended = run.run(four, STEPS, before=lambda runtimes: breaking(runtimes[rank], 5, moment))
@@ -118,7 +117,7 @@ def test_a_loss_changes_nothing(run: Generations, rank: int, moment: str) -> Non
     run.lose("abcd"[rank])
     common = run.settle()
     assert common is not None
-    assert common.step in (4, 5)
+    assert common.step in (3, 4, 5)  # whoever is lost may be the only one that has applied step 4
     # Layers move, and somebody new gets some.
     rest = [name for name in "abcd" if name != "abcd"[rank]]
     ended = run.run(plan(run.job, [rest[2], "e", rest[0]], "layers=[[0,2,6],[0,6]]"), STEPS, common)
