@@ -12,7 +12,7 @@ most part asleep.  Everything else is the runtime's own.
     local SGD       the same, and pipelines that merge every few steps (DiLoCo)
     torch           torch.distributed.pipelining, GPipe and 1F1B, all-reduce
 
-    python benchmarks/worldwide.py [--steps 3] [--scale 0.0017] [--only NAME] [--json]
+    python benchmarks/worldwide.py [--steps 3] [--scale 0.0015] [--only NAME] [--json]
 
 Losses are those of the very steps that are timed; ``benchmarks/convergence.py`` trains longer.
 """
@@ -79,7 +79,10 @@ PLAIN: dict[str, dict[str, Any]] = {
 BEST: dict[str, dict[str, Any]] = {"codecs": {"activations": "int4", "gradients": "int8"}}
 DELAYED = {**BEST, "parallelism": {"delay_steps": 1}}
 ROUND, ROUNDS = 2, 4
-LOCAL = {"inner_steps": ROUND, "fragments": 2, "delay_steps": 1, "codec": "int4"}
+LOCAL: dict[str, Any] = {
+    "inner_steps": ROUND, "fragments": 2, "delay_steps": 1, "carry": True, "mix": 0.0,
+    "outer_lr": 1.0, "outer_momentum": 0.0, "codec": "int4",
+}  # fmt: skip
 MERGED = {**BEST, "local_sgd": LOCAL}
 CASES = (
     Case("in one room", PLAIN, shaped=False),
@@ -180,7 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each case")
     parser.add_argument(
-        "--scale", type=float, default=0.0017, help="what bandwidths are multiplied by"
+        "--scale", type=float, default=0.0015, help="what bandwidths are multiplied by"
     )
     parser.add_argument("--forward-ms", type=float, default=60.0, help="of a stage and microbatch")
     parser.add_argument("--microbatches", type=int, default=96, help="of a step, both pipelines")
