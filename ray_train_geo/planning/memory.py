@@ -10,7 +10,8 @@ Per parameter, in bytes (mixed precision as in Micikevicius et al., 2018; sums a
     Adam's two moments     8  8
     snapshot            12 on a CPU: an asynchronous checkpoint copies weights and moments
     residuals           8 where a gradient codec feeds back; 4 more in a snapshot
-    copies              48 on a CPU: two in-memory copies of its own state, and two of a peer's
+    copies              48 on a CPU: two in-memory copies of its own state, and two of a peer's;
+                        and 12 of residuals: one that leaves, two of a peer's
     delayed sums        8: weights before the newest update, and gradients that are being summed;
                         4 more in a snapshot and in each copy
     local SGD           12: the state before the newest step; and 20 on a CPU: global parameters,
@@ -190,6 +191,7 @@ def stage_memory_bytes(
     queued = ((not first) + (not last)) * (max(in_flight, _CHANNEL_SENDS) + in_flight + 2)
     outputs = 0 if last else in_flight
     state = STATE_BYTES_PER_PARAMETER + _BEHIND_BYTES * delayed
+    copied = state * _MEMORY_COPIES + 3 * (_RESIDUAL_BYTES // 2) * feeds_back
     snapshot = state + (_RESIDUAL_BYTES // 2 if feeds_back else 0)
     message = boundary_bytes(dims, seq_len, microbatch, precision)
     outer = OUTER_STATE_BYTES_PER_PARAMETER + _MERGE_BYTES_PER_PARAMETER
@@ -199,7 +201,7 @@ def stage_memory_bytes(
         gradients=parameters * ((4 if fp32 else 6) + (_RESIDUAL_BYTES if feeds_back else 0)),
         optimizer=parameters * 8,
         snapshot=parameters * snapshot if cpu else 0,
-        copies=parameters * state * _MEMORY_COPIES * (cpu and memory_copies),
+        copies=parameters * copied * (cpu and memory_copies),
         delayed=parameters * 2 * _BEHIND_BYTES * delayed,
         local_sgd=parameters * (STATE_BYTES_PER_PARAMETER + outer * cpu) * local_sgd,
         activations=in_flight * kept + working + deferred * later,

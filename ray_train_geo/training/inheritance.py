@@ -21,7 +21,7 @@ from ray_train_geo.training.memory import Memory, Snapshot
 from ray_train_geo.training.optimizer import MOMENTS
 from ray_train_geo.training.outer import OUTER_MOMENTUM, OUTER_TOKENS
 from ray_train_geo.training.precision import LossScale
-from ray_train_geo.training.residuals import RESIDUAL, saved_residuals
+from ray_train_geo.training.residuals import RESIDUAL, saved_residuals, spare_name
 from ray_train_geo.training.state import BEHIND, StageState
 from ray_train_geo.transport.state_stream import Address, fetch_all
 
@@ -156,13 +156,18 @@ def _residuals(tensors: _Tensors) -> _Tensors:
 
 
 def _bequeathed(assignment: Assignment, start: Handover) -> Iterator[_Tensors]:
-    """Residuals of workers that give layers up, one worker's of each weight at a time."""
+    """Residuals of workers that give layers up or are gone, one of each weight at a time."""
     for turn in range(max(map(len, start.bequests.values()), default=0)):
         wanted: dict[Address, list[str]] = {}
-        for name, givers in start.bequests.items():
-            if turn < len(givers):
-                wanted.setdefault(givers[turn], []).append(RESIDUAL + name)
-        yield fetch_all(wanted, assignment.generation, start.step, assignment.deadline_s)
+        named: dict[str, str] = {}
+        for name, bequests in start.bequests.items():
+            if turn < len(bequests):
+                giver, owner = bequests[turn]
+                there = RESIDUAL + name if owner is None else spare_name(name, owner)
+                wanted.setdefault(giver, []).append(there)
+                named[there] = RESIDUAL + name
+        found = fetch_all(wanted, assignment.generation, start.step, assignment.deadline_s)
+        yield {named[there]: tensor for there, tensor in found.items()}
 
 
 def _load_residuals(assignment: Assignment, start: Start, state: StageState) -> None:

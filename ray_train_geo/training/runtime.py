@@ -37,6 +37,7 @@ from ray_train_geo.training.local_stepping import LocalStepping
 from ray_train_geo.training.memory import Memory, Snapshot
 from ray_train_geo.training.outer_sync import OuterSync, outer_buckets
 from ray_train_geo.training.precision import LossScale
+from ray_train_geo.training.residuals import RESIDUAL, spare_name
 from ray_train_geo.training.saver import Saver
 from ray_train_geo.training.standing import Standing, Totals
 from ray_train_geo.training.stepping import Stepping, Synchronous
@@ -152,8 +153,9 @@ class StageRuntime:
         saved = began.step if isinstance(a.start, Start) and not a.start.weights_only else None
         self._saver = Saver(a, self._state, self._reporter, saved, self._phases)
         self._copier = Copier(
-            a.copies, a.copies_to, a.generation, self.memory, self._copied_state, a.deadline_s
-        )
+            a.copies, a.copies_to, a.generation, self.memory, self._copied_state, a.deadline_s,
+            a.spares_to, self._copied_residuals,
+        )  # fmt: skip
 
     def _stepping(self, began: tuple[int, LossScale]) -> Stepping:
         a, state, spec = self.assignment, self._state, self.assignment.job.local_sgd
@@ -199,6 +201,15 @@ class StageRuntime:
         live = self._steps.live()
         copies = {name: t.to("cpu", copy=True) for name, t in live.tensors.items()}
         return Snapshot(live.step, live.updates, live.loss_scale, copies)
+
+    def _copied_residuals(self) -> Snapshot:
+        assert self._steps is not None
+        residuals, owner = self._state.residuals, self.assignment.device
+        copies = {
+            spare_name(name.removeprefix(RESIDUAL), owner): t.to("cpu", copy=True)
+            for name, t in ({} if residuals is None else residuals.tensors()).items()
+        }
+        return Snapshot(self._steps.step, self._state.updates, self._steps.scale, copies)
 
     # ------------------------------------------------------------------ links
 

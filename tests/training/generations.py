@@ -68,11 +68,13 @@ class Generations:
         common: Common | None = None,
         duties: Mapping[int, CopyDuty] | None = None,
         before: Callable[[dict[int, StageRuntime]], None] = lambda runtimes: None,
+        spares: Mapping[int, str] | None = None,
     ) -> dict[int, Outcome | BaseException]:
         """One generation to its end; what each rank's run returned or raised.
 
         Args:
             before: gets all runtimes, built, before they run.
+            spares: of a rank, the device that gets copies of its residuals.
         """
         self._number += 1
         store, ranks = HashStore(), range(plan.world_size)
@@ -81,7 +83,7 @@ class Generations:
                 self.workers[device.id] = Worker()
         runtimes = {
             rank: StageRuntime(
-                self._assignment(plan, rank, common, (duties or {}).get(rank)),
+                self._assignment(plan, rank, common, (duties or {}).get(rank), spares or {}),
                 store,
                 torch.device("cpu"),
                 _Reporter(self.records),
@@ -103,8 +105,9 @@ class Generations:
         return ended
 
     def _assignment(
-        self, plan: Plan, rank: int, common: Common | None, duty: CopyDuty | None
-    ) -> Assignment:
+        self, plan: Plan, rank: int, common: Common | None, duty: CopyDuty | None,
+        spares: Mapping[int, str],
+    ) -> Assignment:  # fmt: skip
         device, start = plan.devices[rank].id, None
         if common is not None:
             there = Topology(tuple(Device(name, node=name) for name in self.workers))
@@ -112,8 +115,8 @@ class Generations:
             sources = sources_of(plan, self.dims, there, holders, local_sgd)[device]
             places = {n: self.workers[d].server.address for n, d in sources.devices.items()}
             bequests = {
-                name: [self.workers[giver].server.address for giver in givers]
-                for name, givers in common.bequests(holding_devices(plan, self.dims))
+                name: [(self.workers[b.giver].server.address, b.owner) for b in left]
+                for name, left in common.bequests(holding_devices(plan, self.dims))
                 .get(device, {})
                 .items()
             }
@@ -122,6 +125,7 @@ class Generations:
                 frozenset(sources.restarts), bequests,
             )  # fmt: skip
         peer = None if duty is None else duty.peer
+        keeper = spares.get(rank)
         return Assignment(
             job=self.job,
             dims=self.dims,
@@ -133,6 +137,7 @@ class Generations:
             checkpoint_root=str(self.job.run.directory / "checkpoints"),
             start=start,
             copies=duty,
+            spares_to=None if keeper is None else self.workers[keeper].server.address,
             copies_to=None if peer is None else self.workers[plan.devices[peer].id].server.address,
         )
 
