@@ -12,11 +12,11 @@ from ray_train_geo.planning.plan import Plan
 from ray_train_geo.spec import JobSpec
 from ray_train_geo.training.assignment import Assignment, Handover, Start
 from ray_train_geo.training.buckets import holding_devices
-from ray_train_geo.training.copies import CopyDuty, copy_duties, copy_interval
+from ray_train_geo.training.copies import CopyDuty, copy_duties, copy_interval, spare_keepers
 from ray_train_geo.training.groups import flows_of
 from ray_train_geo.training.mission import Mission
 from ray_train_geo.training.sources import Sources, sources_of
-from ray_train_geo.training.standing import Common
+from ray_train_geo.training.standing import Bequest, Common
 
 __all__ = ["assignments"]
 
@@ -41,7 +41,10 @@ def assignments(
     duties = _duties(job, plan, dims, topology)
     flows = flows_of(plan, dims, topology, job.local_sgd)
     sources: dict[str, Sources] = {}
-    bequests: dict[str, dict[str, list[str]]] = {}
+    bequests: dict[str, dict[str, list[Bequest]]] = {}
+    keepers: dict[int, int] = {}
+    if job.codecs.feeds_back and job.failure.memory_copies != 0:
+        keepers = spare_keepers(plan, dims, topology)
     if isinstance(state, Common):
         sources = sources_of(plan, dims, topology, state.holders, job.local_sgd)
         bequests = state.bequests(holding_devices(plan, dims))
@@ -53,8 +56,8 @@ def assignments(
             places = {n: crew.info(peer).state for n, peer in sources[device].devices.items()}
             restarts = frozenset(sources[device].restarts)
             left = {
-                name: [crew.info(peer).state for peer in peers]
-                for name, peers in bequests.get(device, {}).items()
+                name: [(crew.info(b.giver).state, b.owner) for b in left_behind]
+                for name, left_behind in bequests.get(device, {}).items()
             }
             start = Handover(state.step, state.updates, state.loss_scale, places, restarts, left)
         else:
@@ -62,6 +65,7 @@ def assignments(
         duty = duties.get(role.rank)
         peer_rank = None if duty is None else duty.peer
         peer = None if peer_rank is None else plan.devices[peer_rank].id
+        keeper = keepers.get(role.rank)
         found.append(
             Assignment(
                 job=job,
@@ -77,6 +81,7 @@ def assignments(
                 start=start,
                 copies=duty,
                 copies_to=None if peer is None else crew.info(peer).state,
+                spares_to=None if keeper is None else crew.info(plan.devices[keeper].id).state,
                 flows=flows,
             )
         )

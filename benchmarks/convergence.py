@@ -5,7 +5,9 @@ which is what it is validated on), in batches of a quarter of the size: two pipe
 as local processes without Ray.
 Which codecs and modes there are is read from the job spec's types.
 
-    python benchmarks/convergence.py [--steps 300] [--only int4] [--json]
+    python benchmarks/convergence.py [--steps 1000] [--seeds 1] [--only int4] [--json]
+
+The settings that ``benchmarks/worldwide.py`` times are among them, as ``worldwide: NAME``.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -25,6 +28,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import torch
+from worldwide import BEST, DELAYED, MERGED
 
 from ray_train_geo.cluster.topology import Device, Topology
 from ray_train_geo.data.dataset import open_dataset
@@ -41,6 +45,13 @@ VOCAB = 257
 HELD_OUT = 0.05
 VALIDATED_SAMPLES = 512
 INNER_STEPS = 20
+LR = 1e-3
+PIPELINES = 2
+
+
+ISLANDS_LR = [f"training.lr={LR * PIPELINES**0.5}", f"training.min_lr={LR / 10 * PIPELINES**0.5}"]
+"""Of islands that merge every other step.  AdamW's steps are as long with the noise of half a batch,
+so where noise prevails the mean of ``n`` islands' steps goes ``sqrt(n)`` times less far."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +59,16 @@ class Row:
     """What a variant came to.
 
     Args:
-        loss: on the held-out text, in nats a token.
-        ratio: to the exact run's.
+        loss: on the held-out text, in nats a token; a mean over seeds, as all of these.
+        ratio: to the exact run's with the same seed.
+        spread: of the ratio, from the least to the largest of all seeds.
         step_s: median; this machine's, with no slow link: it says what the variant computes more.
     """
 
     variant: str
     loss: float
     ratio: float
+    spread: float
     step_s: float
 
 
@@ -69,6 +82,10 @@ def choices(section: type[Section], field: str) -> list[str]:
 def variants() -> Iterator[tuple[str, list[str]]]:
     """Name and overrides of the quickstart's job, the exact run first."""
     yield "exact", []
+    for name, settings in (("best", BEST), ("best, delayed", DELAYED), ("local SGD", MERGED)):
+        sets = [f"{s}.{f}={v}" for s, fields in settings.items() for f, v in fields.items()]
+        yield f"worldwide: {name}", sets + ISLANDS_LR * ("local_sgd" in settings)
+    yield "gradients delayed", ["parallelism.delay_steps=1"]
     for mode in choices(ParallelismSpec, "gradient_sync"):
         yield f"gradient sync {mode}", [f"parallelism.gradient_sync={mode}"]
     for field in CodecSpec.model_fields:
@@ -86,13 +103,16 @@ def variants() -> Iterator[tuple[str, list[str]]]:
         yield f"Streaming DiLoCo, {codec}", [*streaming, f"local_sgd.codec={codec}"]
 
 
-def make_job(folder: Path, name: str, steps: int, overrides: list[str]) -> JobSpec:
+def make_job(folder: Path, name: str, steps: int, overrides: list[str], seed: int = 1) -> JobSpec:
     return load_job(
         QUICKSTART,
         [
             f"data.path={folder / 'train.bin'}",
             f"training.steps={steps}",
+            f"training.seed={seed}",
             f"training.lr_decay_steps={steps}",
+            f"training.lr={LR}",
+            f"training.min_lr={LR / 10}",
             "training.global_batch=16",
             "training.microbatch=2",
             "training.seq_len=64",
@@ -143,11 +163,13 @@ def train(job: JobSpec, folder: Path) -> tuple[float, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300, help="steps of each run")
+    parser.add_argument("--steps", type=int, default=1000, help="steps of each run")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each variant")
     parser.add_argument("--only", action="append", help="variants whose names hold this; repeat")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     rows: list[Row] = []
+    exact: list[float] = []
     with tempfile.TemporaryDirectory(prefix="convergence") as temporary:
         folder = Path(temporary)
         split_text(folder)
@@ -156,26 +178,40 @@ def main() -> int:
                 continue
             began = time.perf_counter()
             try:
-                job = make_job(folder, name, args.steps, overrides)
+                jobs = [
+                    make_job(folder, f"{name} {seed}", args.steps, overrides, seed)
+                    for seed in range(1, args.seeds + 1)
+                ]
             except SpecError as e:
                 print(f"{name}: {e}", file=sys.stderr)
                 continue
-            loss, step_s = train(job, folder)
-            rows.append(Row(name, loss, loss / (rows[0].loss if rows else loss), step_s))
+            job = jobs[0]
+            losses, steps_s = zip(*(train(job, folder) for job in jobs), strict=True)
+            exact = exact or list(losses)
+            ratios = [loss / alike for loss, alike in zip(losses, exact, strict=True)]
+            loss, step_s = statistics.mean(losses), statistics.mean(steps_s)
+            spread = max(ratios) - min(ratios)
+            rows.append(Row(name, loss, statistics.mean(ratios), spread, step_s))
             if not args.json:
                 if len(rows) == 1:
                     tokens = args.steps * job.training.tokens_per_step
                     print(f"{args.steps} steps, {tokens:,} tokens; loss on held-out text, nats\n")
                     print(
-                        f"{'variant':32} {'loss':>8} {'vs exact':>9} {'step, ms':>9} {'took, s':>8}"
+                        f"{'variant':32} {'loss':>8} {'vs exact':>9} {'spread':>7} "
+                        f"{'step, ms':>9} {'took, s':>8}"
                     )
                 print(
-                    f"{name:32} {loss:8.4f} {rows[-1].ratio - 1:+9.2%} {1000 * step_s:9.1f} "
+                    f"{name:32} {loss:8.4f} {rows[-1].ratio - 1:+9.2%} {spread:7.2%} "
+                    f"{1000 * step_s:9.1f} "
                     f"{time.perf_counter() - began:8.1f}",
                     flush=True,
                 )
     if args.json:
-        print(json.dumps({"steps": args.steps, "rows": [asdict(row) for row in rows]}))
+        print(
+            json.dumps(
+                {"steps": args.steps, "seeds": args.seeds, "rows": [asdict(row) for row in rows]}
+            )
+        )
     return 0
 
 

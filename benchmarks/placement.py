@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     settings: Mapping[str, Mapping[str, Any]] = {"parallelism": {"gradient_sync": "allreduce"}}
-    job = job_of(settings, arguments)
+    job = job_of(settings, arguments, arguments.steps)
     if not arguments.json:
         print(f"{PIPELINES} pipelines of {STAGES} stages, {LAYERS} layers")
         print(f"{'seconds a step':24}{'measured':>11}{'simulated':>11}{'error':>9}")

@@ -116,6 +116,22 @@ class JobSpec(Section):
                 f"codecs.gradients powersgd has no {par.gradient_sync} sums: set "
                 "parallelism.gradient_sync to sharded_ps, central_ps or auto"
             )
+        if par.delay_steps and self.codecs.feeds_back:
+            raise ValueError(
+                f"codecs.gradients {self.codecs.gradients} feeds back what a sum has left out, "
+                "which parallelism.delay_steps would need before its step is committed: leave one "
+                "of them out, or choose bf16 or int8"
+            )
+        if par.delay_steps and self.local_sgd is not None:
+            raise ValueError(
+                "parallelism.delay_steps delays the sum of every step, which local_sgd does away "
+                "with: leave one of them out (local_sgd has a delay_steps of its own)"
+            )
+        if par.delay_steps and self.training.precision == "fp16":
+            raise ValueError(
+                "parallelism.delay_steps begins a step before the last one's loss scale is known, "
+                "which fp16 needs; set training.precision to bf16 or fp32"
+            )
         if par.schedule == "zero-bubble" and self.training.compile:
             raise ValueError(
                 "parallelism.schedule zero-bubble computes weight gradients apart, which "

@@ -47,6 +47,11 @@ class LocalSGDSpec(Section):
         description="With delay_steps: how much of its own parameters an island keeps when the "
         "merged ones arrive; the rest is theirs.",
     )
+    carry: bool = Field(
+        False,
+        description="With delay_steps: merged parameters get what the island has learned since it "
+        "sent, so that none of its steps is lost; set mix to 0 with it.",
+    )
     outer_lr: float = Field(
         0.7, gt=0, description="Learning rate of the outer optimizer (SGD with Nesterov momentum)."
     )

@@ -92,6 +92,14 @@ class ParallelismSpec(Section):
         "to one holder, between those to one of all), or auto (the fastest by the plan's "
         "prediction).",
     )
+    delay_steps: int = Field(
+        0,
+        ge=0,
+        le=1,
+        description="1: gradients are summed while the next step is computed, and applied after "
+        "it, so each step is computed at the parameters of the step before last. What is computed "
+        "then differs a little from 0 (sum, apply, go on), but no step waits for the wire.",
+    )
     bucket_bytes: int = Field(
         25 * 2**20, ge=1, description="Largest gradient message of the sync, in bytes."
     )

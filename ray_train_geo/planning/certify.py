@@ -67,10 +67,11 @@ def step_time_bound(
         PlanError: no chain of devices has memory for the model, or is allowed.
     """
     search = CaseSearch(problem, codecs, expired)
-    if problem.job.local_sgd is not None:
+    if problem.job.local_sgd is not None or problem.job.parallelism.delay_steps:
         return Bound(
             search.compute_s,
-            "all devices compute all the time; weak: local SGD's communication is not looked at",
+            "all devices compute all the time; weak: communication is not looked at under local "
+            "SGD, nor with delayed sums",
         )
     ranges = [
         Numbers(search.compute_s, pipelines, mode)
@@ -99,7 +100,7 @@ def dollars_bound(
         PlanError: no chain of devices has memory for the model.
     """
     search = CaseSearch(problem, codecs)
-    if problem.job.local_sgd is not None:
+    if problem.job.local_sgd is not None or problem.job.parallelism.delay_steps:
         alone = [
             lower_bound_s(problem.dims, problem.job.training, [d]) * d.price_per_hour
             for d in problem.topology.devices
@@ -108,7 +109,7 @@ def dollars_bound(
         return Bound(
             min(alone) / 3600 / (tokens / 1e6) * (1 - TOLERANCE),
             "the device that computes the cheapest does all; weak: memory and communication are "
-            "not looked at under local SGD",
+            "not looked at under local SGD, nor with delayed sums",
         )
     training, classes = problem.job.training, DeviceClasses.of(problem, largest_node=0)
     classes = classes.merged([0] * len(classes.count))

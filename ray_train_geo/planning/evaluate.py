@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 
 from ray_train_geo.planning.link_table import Floats, Ints, LinkTable
-from ray_train_geo.planning.local_cost import ended_s, step_groups
+from ray_train_geo.planning.local_cost import delayed_s, ended_s, step_groups
 from ray_train_geo.planning.microbatches import split_microbatches
 from ray_train_geo.planning.pipeline_cost import PipelineCost, pipeline_cost
 from ray_train_geo.planning.problem import Problem
@@ -161,7 +161,10 @@ class Evaluator:
         best: tuple[float, Floats, GradientSyncName] | None = None
         for mode in modes or problem.modes:
             done = synced_s(groups, mode, members, last_start, end, problem.table, bucket)
-            step_s = ended_s(problem, chains, cuts, done + update)
+            if job.parallelism.delay_steps:
+                step_s = delayed_s(chains, done, last_start, end, update, problem.table)
+            else:
+                step_s = ended_s(problem, chains, cuts, done + update)
             if best is None or step_s < best[0] * (1 - 1e-9):
                 best = step_s, done, mode
         assert best is not None  # a job allows at least one mode

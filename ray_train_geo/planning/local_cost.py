@@ -1,6 +1,7 @@
-"""What a step costs under local SGD: sums inside of islands, and merges once a round.
+"""What a step costs where sums come seldom, or late.
 
-Without local SGD all pipelines are one island, and nothing is merged.
+Under local SGD: sums inside of islands, and merges once a round.  Without it all pipelines are one
+island, and nothing is merged.  With delayed sums: what of them a whole step does not hide.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import numpy as np
 from ray_train_geo.planning.codecs import wire_bytes
 from ray_train_geo.planning.cost import committed_s
 from ray_train_geo.planning.islands import together
-from ray_train_geo.planning.link_table import Floats, Ints
+from ray_train_geo.planning.link_table import Floats, Ints, LinkTable
 from ray_train_geo.planning.problem import Problem
 from ray_train_geo.planning.sync_cost import SyncGroups, sync_groups, synced_s
 
-__all__ = ["ended_s", "step_groups"]
+__all__ = ["delayed_s", "ended_s", "step_groups"]
 
 _FP32_BYTES = 4
 _SAMPLE_ELEMENTS = 2**20
@@ -65,6 +66,36 @@ def ended_s(
     hidden_s = min(spec.fragments * spec.delay_steps, spec.inner_steps) * step_s
     merged_s = spec.fragments * _merged_s(problem, chains, cuts)
     return step_s + max(0.0, merged_s - hidden_s) / spec.inner_steps
+
+
+def delayed_s(
+    chains: Sequence[Sequence[int]],
+    done_s: Floats,
+    last_start_s: Floats,
+    end_s: Floats,
+    update_s: Floats,
+    table: LinkTable,
+) -> float:
+    """A step whose sums are applied at the end of the next one, in seconds.
+
+    A step's sums must be complete when those of the next one begin (at its last backward), and its
+    commit must have come round when that backward has ended.  That activations and sums are on the
+    same links meanwhile is not counted.
+
+    Args:
+        done_s: ``[stages]``, counted pipeline by pipeline, as all others: when sums are complete.
+        last_start_s, end_s: begin and end of the last backward.
+        update_s: what an update takes.
+    """
+    devices = np.array([d for chain in chains for d in chain])
+    root = devices[:1]
+    there = np.where(devices == root, 0.0, table.hops(devices, root)[0])
+    back = np.where(devices == root, 0.0, table.hops(root, devices)[0])
+    return max(
+        float((end_s + update_s).max()),
+        float((done_s - last_start_s).max()),
+        float((done_s + there).max() + (back - end_s + update_s).max()),
+    )
 
 
 def _merged_s(

@@ -10,7 +10,10 @@ Per parameter, in bytes (mixed precision as in Micikevicius et al., 2018; sums a
     Adam's two moments     8  8
     snapshot            12 on a CPU: an asynchronous checkpoint copies weights and moments
     residuals           8 where a gradient codec feeds back; 4 more in a snapshot
-    copies              48 on a CPU: two in-memory copies of its own state, and two of a peer's
+    copies              48 on a CPU: two in-memory copies of its own state, and two of a peer's;
+                        and 12 of residuals: one that leaves, two of a peer's
+    delayed sums        8: weights before the newest update, and gradients that are being summed;
+                        4 more in a snapshot and in each copy
     local SGD           12: the state before the newest step; and 20 on a CPU: global parameters,
                         outer momentum, and a merge's pseudogradients, messages and means
     ==================  ====  =========
@@ -58,6 +61,9 @@ STATE_BYTES_PER_PARAMETER = 12
 _RESIDUAL_BYTES = 8
 """What error feedback keeps for each parameter: the residual, and the one after the next step."""
 
+_BEHIND_BYTES = 4
+"""With delayed sums, of each parameter: its value before the newest update."""
+
 CPU_OVERHEAD_BYTES = 300_000_000
 """A worker process with torch and Ray loaded and no model (measured: 180 MB PSS, plus buffers)."""
 
@@ -87,6 +93,7 @@ class MemoryEstimate:
     optimizer: int
     snapshot: int
     copies: int
+    delayed: int
     local_sgd: int
     activations: int
     messages: int
@@ -136,6 +143,7 @@ def stage_memory_bytes(
     feeds_back: bool = False,
     memory_copies: bool = False,
     local_sgd: bool = False,
+    delayed: bool = False,
 ) -> MemoryEstimate:
     """Peak memory of the stage of ``layers`` (first, last exclusive).
 
@@ -148,6 +156,7 @@ def stage_memory_bytes(
         feeds_back: gradients are summed by a codec with error feedback.
         memory_copies: workers keep copies of the state, of their own and of peers on other nodes.
         local_sgd: pipelines step alone.
+        delayed: sums come a step later.
 
     Activations are those of ``in_flight`` microbatches, and the working set of one backward: one
     layer's activations once more (recomputed, or as gradients) and the gradient of the logits.
@@ -181,7 +190,9 @@ def stage_memory_bytes(
 
     queued = ((not first) + (not last)) * (max(in_flight, _CHANNEL_SENDS) + in_flight + 2)
     outputs = 0 if last else in_flight
-    snapshot = STATE_BYTES_PER_PARAMETER + (_RESIDUAL_BYTES // 2 if feeds_back else 0)
+    state = STATE_BYTES_PER_PARAMETER + _BEHIND_BYTES * delayed
+    copied = state * _MEMORY_COPIES + 3 * (_RESIDUAL_BYTES // 2) * feeds_back
+    snapshot = state + (_RESIDUAL_BYTES // 2 if feeds_back else 0)
     message = boundary_bytes(dims, seq_len, microbatch, precision)
     outer = OUTER_STATE_BYTES_PER_PARAMETER + _MERGE_BYTES_PER_PARAMETER
     messages = (queued + outputs) * message + 2 * min(sync_bucket_bytes, 4 * parameters)
@@ -190,7 +201,8 @@ def stage_memory_bytes(
         gradients=parameters * ((4 if fp32 else 6) + (_RESIDUAL_BYTES if feeds_back else 0)),
         optimizer=parameters * 8,
         snapshot=parameters * snapshot if cpu else 0,
-        copies=parameters * STATE_BYTES_PER_PARAMETER * _MEMORY_COPIES * (cpu and memory_copies),
+        copies=parameters * copied * (cpu and memory_copies),
+        delayed=parameters * 2 * _BEHIND_BYTES * delayed,
         local_sgd=parameters * (STATE_BYTES_PER_PARAMETER + outer * cpu) * local_sgd,
         activations=in_flight * kept + working + deferred * later,
         messages=messages,

@@ -11,7 +11,7 @@ import numpy as np
 from ray_train_geo.cluster.topology import Topology
 from ray_train_geo.planning.cost import optimizer_s
 from ray_train_geo.planning.link_table import Floats
-from ray_train_geo.planning.local_cost import ended_s, step_groups
+from ray_train_geo.planning.local_cost import delayed_s, ended_s, step_groups
 from ray_train_geo.planning.memory import stage_parameters
 from ray_train_geo.planning.pipeline_cost import message_sizes, stage_times
 from ray_train_geo.planning.plan import PipelinePlan, Plan
@@ -156,7 +156,8 @@ def after_backwards(
 ) -> tuple[tuple[tuple[float, ...], ...], float]:
     """When each stage has its summed gradients, and when the step is committed, in seconds.
 
-    Neither falls when a time that is given grows.
+    Neither falls when a time that is given grows.  With delayed sums a stage has them as much later
+    than its last backward as the step is longer for them.
 
     Args:
         last_start_s, end_s: ``[pipelines][stages]``; begin and end of a stage's last backward.
@@ -165,32 +166,34 @@ def after_backwards(
     chains = [[index[stage.device] for stage in p.stages] for p in pipelines]
     cuts = [(0, *(stage.layers[1] for stage in p.stages)) for p in pipelines]
     devices = np.array([d for chain in chains for d in chain])
+    starts, ends = (
+        np.concatenate([np.array(times) for times in given]) for given in (last_start_s, end_s)
+    )
     done = synced_s(
         step_groups(problem, chains, cuts),
         gradient_sync,
         devices,
-        np.concatenate([np.array(times) for times in last_start_s]),
-        np.concatenate([np.array(times) for times in end_s]),
+        starts,
+        ends,
         problem.table,
         problem.job.parallelism.bucket_bytes,
         shard_weights(pipelines),
-    ).tolist()
+    )
     stages = [
         (run, problem.topology.devices[d])
         for cut, chain in zip(cuts, chains, strict=True)
         for run, d in zip(pairwise(cut), chain, strict=True)
     ]
-    updated = np.array(
-        [
-            end + optimizer_s(stage_parameters(problem.dims, run), device)
-            for end, (run, device) in zip(done, stages, strict=True)
-        ]
+    update = np.array(
+        [optimizer_s(stage_parameters(problem.dims, run), device) for run, device in stages]
     )
+    if problem.job.parallelism.delay_steps:
+        step_s = delayed_s(chains, done, starts, ends, update, problem.table)
+        done = ends + (step_s - float((ends + update).max()))
+    else:
+        step_s = ended_s(problem, chains, cuts, done + update)
     offsets = np.cumsum([0, *map(len, chains)]).tolist()
-    return (
-        tuple(tuple(done[a:b]) for a, b in pairwise(offsets)),
-        ended_s(problem, chains, cuts, updated),
-    )
+    return tuple(tuple(done[a:b].tolist()) for a, b in pairwise(offsets)), step_s
 
 
 def shard_weights(pipelines: Sequence[PipelinePlan]) -> Floats | None:

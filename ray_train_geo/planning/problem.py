@@ -274,6 +274,7 @@ class Problem:
                 feeds_back=synced and self.job.codecs.feeds_back,
                 memory_copies=self._memory_copies,
                 local_sgd=self.job.local_sgd is not None,
+                delayed=bool(self.job.parallelism.delay_steps),
             )
         return self._estimates[key]
 

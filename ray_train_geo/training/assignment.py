@@ -45,7 +45,8 @@ class Handover:
         sources: where this worker gets the weights (and all that goes with them) that it does not
             have itself, or has of another island.
         restarts: under local SGD, those of ``sources`` that begin at the global parameters.
-        bequests: of each weight, the workers whose residuals become this worker's.
+        bequests: of each weight, residuals that become this worker's: where they are, and whose
+            they were, if not that worker's own.
     """
 
     step: int
@@ -53,7 +54,7 @@ class Handover:
     loss_scale: LossScale
     sources: Mapping[str, Address]
     restarts: frozenset[str] = frozenset()
-    bequests: Mapping[str, Sequence[Address]] = field(default_factory=dict)
+    bequests: Mapping[str, Sequence[tuple[Address, str | None]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class Assignment:
         start: None: initial weights, at step 0.
         copies: its duty, if this generation keeps in-memory copies.
         copies_to: the state server of its duty's peer.
+        spares_to: the state server of who gets a copy of this worker's residuals after each step.
         flows: TCP flows that carry a group, by name, where it is more than one.
     """
 
@@ -80,6 +82,7 @@ class Assignment:
     start: Start | Handover | None = None
     copies: CopyDuty | None = None
     copies_to: Address | None = None
+    spares_to: Address | None = None
     flows: Mapping[str, int] = field(default_factory=dict)
 
     @property

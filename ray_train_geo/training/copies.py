@@ -7,6 +7,9 @@
 So a survivor that has committed step ``k`` can rely on a copy of the newest multiple of the
 interval below ``k`` at least: no more than the interval's steps are ever lost.  To go back to
 that step all keep a copy of their own state of it, too.
+
+Residuals of gradient codecs are one worker's alone, and of no use when a step old.  So they are
+copied to the nearest other node after *each* step, if that takes a small part of a step only.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+
+import torch
 
 from ray_train_geo.cluster.topology import Device, Topology
 from ray_train_geo.errors import AbortedError, DeadlineError
@@ -29,10 +34,15 @@ from ray_train_geo.training.memory import Memory, Snapshot
 from ray_train_geo.training.residuals import RESIDUAL
 from ray_train_geo.transport.state_stream import Address, push
 
-__all__ = ["Copier", "CopyDuty", "copy_duties", "copy_interval"]
+__all__ = ["Copier", "CopyDuty", "copy_duties", "copy_interval", "spare_keepers"]
 
 _COST_SHARE = 0.03
 """`auto` waits for copies during at most so much of the time."""
+
+_SPARE_SHARE = 0.1
+"""Copies of residuals take a link for at most so much of a step."""
+
+_RESIDUAL_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +92,36 @@ def _peer(
     return min((r for r, d in enumerate(devices) if d.node != owner.node), key=preference)
 
 
+def spare_keepers(plan: Plan, dims: ModelDims, topology: Topology) -> dict[int, int]:
+    """Who gets copies of whose residuals, by rank; empty where links have no room for them."""
+    devices = [topology.device(plan.stage(role).device) for role in plan.roles()]
+    shapes = parameter_shapes(dims)
+    owned = [0] * len(devices)
+    for name, shape in shapes.items():
+        holders = holders_of(name, plan, dims)
+        if len(holders) > 1:
+            for rank in holders:
+                owned[rank] += math.prod(shape)
+    found: dict[int, int] = {}
+    burden = [0] * len(devices)
+    for rank, device in enumerate(devices):
+        others = [r for r, d in enumerate(devices) if d.node != device.node]
+        if not owned[rank]:
+            continue
+        if not others:
+            return {}
+        far_s = {
+            r: topology.link(device, devices[r]).transfer_s(_RESIDUAL_BYTES * owned[rank])
+            for r in others
+        }
+        keeper = min(others, key=lambda r: (far_s[r], burden[r]))
+        if far_s[keeper] > _SPARE_SHARE * plan.predicted_step_s:
+            return {}
+        burden[keeper] += 1
+        found[rank] = keeper
+    return found
+
+
 def copy_interval(
     duties: Mapping[int, CopyDuty],
     plan: Plan,
@@ -115,6 +155,8 @@ class Copier:
         duty: None: there is nothing to copy, and copies of earlier generations are let go.
         peer: the state server of ``duty.peer``.
         snapshot: the worker's whole state as it is now, copied to the CPU.
+        spares_to: the state server of who gets a copy of its residuals after each step.
+        spares: these residuals as they are now, copied to the CPU.
     """
 
     def __init__(
@@ -125,15 +167,19 @@ class Copier:
         memory: Memory,
         snapshot: Callable[[], Snapshot],
         deadline_s: float,
+        spares_to: Address | None = None,
+        spares: Callable[[], Snapshot] | None = None,
     ) -> None:
         self._duty = duty
+        self._spares_to = spares_to
+        self._spares = spares
         self._peer = peer
         self._generation = generation
         self._memory = memory
         self._snapshot = snapshot
         self._deadline_s = deadline_s
         self._pusher = ThreadPoolExecutor(1, thread_name_prefix="copy-state")
-        self._pushing: Future[None] | None = None
+        self._pushing: list[Future[None]] = []
         self._aborted: Future[None] = Future()
         self._copied: float = math.inf if duty is None else -1
 
@@ -141,31 +187,32 @@ class Copier:
         """The generation starts: what it starts from is copied at once."""
         if self._duty is not None:
             self._copy()
+        self._spare()
 
     def committed(self, step: int) -> None:
         """``step`` is committed everywhere, or will be: older copies can go."""
-        self._memory.forget_before(self._copied)
+        # Of residuals those of the step before are needed until this step's have arrived.
+        self._memory.forget_before(min(self._copied, step - 1 if self._spares_to else math.inf))
         if self._duty is not None and step % self._duty.interval == 0:
             self._copy()
+        self._spare()
 
     def finish(self) -> None:
-        """Wait until the copy that is under way has arrived.
+        """Wait until the copies that are under way have arrived.
 
         Raises:
             TransportError: it has not.
         """
-        if self._pushing is None:
-            return
-        both = [self._pushing, self._aborted]
-        done = wait(both, self._deadline_s, FIRST_COMPLETED).done
-        if not done:
-            raise DeadlineError(
-                f"the in-memory copy did not arrive within {self._deadline_s:.1f} s"
-            )
-        if self._pushing not in done:
-            raise AbortedError("the generation was aborted while a copy was under way")
-        self._pushing.result()
-        self._pushing = None
+        while self._pushing:
+            both = [self._pushing[0], self._aborted]
+            done = wait(both, self._deadline_s, FIRST_COMPLETED).done
+            if not done:
+                raise DeadlineError(
+                    f"the in-memory copy did not arrive within {self._deadline_s:.1f} s"
+                )
+            if self._pushing[0] not in done:
+                raise AbortedError("the generation was aborted while a copy was under way")
+            self._pushing.pop(0).result()
 
     def abort(self) -> None:
         """Release :meth:`finish`; from any thread."""
@@ -187,7 +234,16 @@ class Copier:
                 for n, t in copy.tensors.items()
                 if n.partition(".")[2] in names and not n.startswith(RESIDUAL)
             }
-            self._pushing = self._pusher.submit(
-                push, self._peer, self._generation, copy.step, copy.facts(), tensors,
-                self._deadline_s,
-            )  # fmt: skip
+            self._push(self._peer, copy, tensors)
+
+    def _spare(self) -> None:
+        if self._spares_to is not None and self._spares is not None:
+            spares = self._spares()
+            self._push(self._spares_to, spares, spares.tensors)
+
+    def _push(self, peer: Address, copy: Snapshot, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._pushing.append(
+            self._pusher.submit(
+                push, peer, self._generation, copy.step, copy.facts(), tensors, self._deadline_s
+            )
+        )

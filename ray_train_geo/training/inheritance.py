@@ -8,7 +8,7 @@ all else                                    streamed from the peers that have it
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -21,8 +21,8 @@ from ray_train_geo.training.memory import Memory, Snapshot
 from ray_train_geo.training.optimizer import MOMENTS
 from ray_train_geo.training.outer import OUTER_MOMENTUM, OUTER_TOKENS
 from ray_train_geo.training.precision import LossScale
-from ray_train_geo.training.residuals import RESIDUAL, saved_residuals
-from ray_train_geo.training.state import StageState
+from ray_train_geo.training.residuals import RESIDUAL, saved_residuals, spare_name
+from ray_train_geo.training.state import BEHIND, StageState
 from ray_train_geo.transport.state_stream import Address, fetch_all
 
 __all__ = ["Inheritance", "inherit"]
@@ -83,6 +83,7 @@ def inherit(assignment: Assignment, device: torch.device, memory: Memory) -> Inh
         kept,
         local_sgd=assignment.island is not None,
         feeds_back=assignment.job.codecs.feeds_back,
+        delayed=bool(assignment.job.parallelism.delay_steps),
     )
     match start:
         case Handover():
@@ -90,8 +91,11 @@ def inherit(assignment: Assignment, device: torch.device, memory: Memory) -> Inh
             scale, step = start.loss_scale, start.step
         case Start(weights_only=True):
             _load(start, state, ("model",), updates=0)
+            _level(state, {})
         case Start(manifest=manifest):
-            _load(start, state, ("model", *MOMENTS, OUTER_MOMENTUM), manifest.updates)
+            kinds = ("model", *MOMENTS, OUTER_MOMENTUM, BEHIND)
+            _load(start, state, kinds, manifest.updates)
+            _level(state, manifest.checksums)
             _load_residuals(assignment, start, state)
             if training.precision == manifest.identity["precision"]:
                 scale = LossScale(manifest.loss_scale, manifest.good_steps)
@@ -138,13 +142,18 @@ def _residuals(tensors: _Tensors) -> _Tensors:
 
 
 def _bequeathed(assignment: Assignment, start: Handover) -> Iterator[_Tensors]:
-    """Residuals of workers that give layers up, one worker's of each weight at a time."""
+    """Residuals of workers that give layers up or are gone, one of each weight at a time."""
     for turn in range(max(map(len, start.bequests.values()), default=0)):
         wanted: dict[Address, list[str]] = {}
-        for name, givers in start.bequests.items():
-            if turn < len(givers):
-                wanted.setdefault(givers[turn], []).append(RESIDUAL + name)
-        yield fetch_all(wanted, assignment.generation, start.step, assignment.deadline_s)
+        named: dict[str, str] = {}
+        for name, bequests in start.bequests.items():
+            if turn < len(bequests):
+                giver, owner = bequests[turn]
+                there = RESIDUAL + name if owner is None else spare_name(name, owner)
+                wanted.setdefault(giver, []).append(there)
+                named[there] = RESIDUAL + name
+        found = fetch_all(wanted, assignment.generation, start.step, assignment.deadline_s)
+        yield {named[there]: tensor for there, tensor in found.items()}
 
 
 def _load_residuals(assignment: Assignment, start: Start, state: StageState) -> None:
@@ -164,12 +173,12 @@ def _load_residuals(assignment: Assignment, start: Start, state: StageState) -> 
 
 
 def _load(start: Start, state: StageState, kinds: tuple[str, ...], updates: int) -> None:
-    """Only what every checkpoint has is asked for: one without local SGD has no outer momentum."""
+    """What only some checkpoints have is not asked of the others: outer momentum, for one."""
     names = {
         n: t
         for n, t in state.tensors().items()
         if (kind := n.partition(".")[0]) in kinds
-        and (kind != OUTER_MOMENTUM or n in start.manifest.checksums)
+        and (kind not in (OUTER_MOMENTUM, BEHIND) or n in start.manifest.checksums)
     }
     # One tensor's host copy at a time would reread the files; a stage's state fits the host.
     host = {n: torch.empty_like(t, device="cpu") for n, t in names.items()}
@@ -177,3 +186,10 @@ def _load(start: Start, state: StageState, kinds: tuple[str, ...], updates: int)
     state.load(host, updates)
     if state.outer is not None:
         state.outer.rebase()
+
+
+def _level(state: StageState, saved: Collection[str]) -> None:
+    """Sums with a delay begin at the weights themselves, if none are ``saved`` for that."""
+    for name, behind in (state.behind or {}).items():
+        if f"{BEHIND}.{name}" not in saved:
+            behind.copy_(state.weights[name].detach())

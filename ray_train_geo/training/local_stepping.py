@@ -129,6 +129,13 @@ class LocalStepping:
     def loss_factor(self) -> float:
         return self.scale.factor / self._island.microbatches
 
+    @property
+    def computing(self) -> int:
+        return self.step + 1
+
+    def synchronized(self) -> None:
+        """The last step's sums were complete before this step began."""
+
     def begin(self) -> None:
         self._began_s = time.perf_counter()
         if self._mates is not None:
@@ -137,8 +144,8 @@ class LocalStepping:
 
     # ------------------------------------------------------------------ a step's end
 
-    def finish(self, loss_sum: float, asked: tuple[bool, bool], last: bool) -> Totals:
-        training, step = self._assignment.job.training, self.step + 1
+    def finish(self, complete: Callable[[], float], asked: tuple[bool, bool], last: bool) -> Totals:
+        training, step, loss_sum = self._assignment.job.training, self.step + 1, complete()
         with self._tracer.span("optimizer", "commit", step):
             mine = [loss_sum, self._state.squared_norm(self._assignment.rank)]
             deadline_s = self._assignment.deadline_s
@@ -243,6 +250,7 @@ class LocalStepping:
                 self._outer.merge(
                     learned.bucket.names, mean, learned.tokens,
                     spec.outer_lr, spec.outer_momentum, mix,
+                    learned.pseudogradient if spec.carry else None,
                 )  # fmt: skip
             self._state.refresh()
 

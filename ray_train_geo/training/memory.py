@@ -20,7 +20,7 @@ import torch
 
 from ray_train_geo.errors import AbortedError, TransportError
 from ray_train_geo.training.precision import LossScale
-from ray_train_geo.training.residuals import RESIDUAL
+from ray_train_geo.training.residuals import RESIDUAL, SPARE
 from ray_train_geo.training.standing import Holding
 
 __all__ = ["Memory", "Snapshot"]
@@ -46,7 +46,13 @@ class Snapshot:
         residuals = frozenset(
             n.removeprefix(RESIDUAL) for n in self.tensors if n.startswith(RESIDUAL)
         )
-        return Holding(self.step, self.updates, self.loss_scale, names, residuals)
+        spares = frozenset(
+            (weight, owner)
+            for n in self.tensors
+            if n.startswith(SPARE)
+            for weight, _, owner in [n.removeprefix(SPARE).partition("@")]
+        )
+        return Holding(self.step, self.updates, self.loss_scale, names, residuals, spares)
 
     def facts(self) -> dict[str, Any]:
         """All but the tensors, as plain JSON."""

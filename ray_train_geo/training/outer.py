@@ -11,7 +11,11 @@ A merge (Douillard et al., DiLoCo, 2023, algorithm 1; Streaming DiLoCo, 2025, al
 pseudogradient ``g`` of a weight averaged over islands, ``m`` the momentum, ``o`` the global and
 ``w`` the island's own parameters::
 
-    m ← μ m + g        o ← o - lr (g + μ m)        w ← mix w + (1 - mix) o
+    m ← μ m + g        o ← o - lr (g + μ m)        w ← mix w + (1 - mix) (o + c)
+
+``c`` is 0, or (``carry``) what the island has learned since it sent its own ``g``.  With that, and
+``mix`` 0, each step of an island is in exactly one pseudogradient (as in delayed averaging: Zhu et
+al., DaSGD, 2020).
 """
 
 from __future__ import annotations
@@ -81,6 +85,7 @@ class OuterState:
         lr: float,
         momentum: float,
         mix: float,
+        sent: torch.Tensor | None = None,
     ) -> None:
         """One step of the outer optimizer on ``names``, and its result into the weights.
 
@@ -88,13 +93,18 @@ class OuterState:
             mean: the averaged pseudogradient, as :meth:`pseudogradient`.
             sent_tokens: :meth:`tokens` when it was sent.
             mix: what stays of the weights.
+            sent: this island's own pseudogradient, to carry on what it has learned since then.
         """
         sizes = [self._global[name].numel() for name in names]
-        for name, part in zip(names, mean.split(sizes), strict=True):
-            gradient, weight = part.view_as(self._global[name]), self._weights[name]
+        own = [None] * len(names) if sent is None else sent.split(sizes)
+        for name, part, mine in zip(names, mean.split(sizes), own, strict=True):
+            before, weight = self._global[name], self._weights[name]
+            gradient = part.view_as(before)
             speed = momentum * self._momentum[name] + gradient
-            merged = self._global[name] - lr * (gradient + momentum * speed)
+            merged = before - lr * (gradient + momentum * speed)
             self._momentum[name], self._global[name] = speed, merged
+            if mine is not None:
+                merged = merged + (weight.detach().cpu() - (before - mine.view_as(before)))
             weight.copy_(merged.to(weight.device).lerp(weight, mix) if mix else merged)
         left = self._tokens.clone()
         left[[self._index[name] for name in names]] -= sent_tokens

@@ -8,8 +8,9 @@ A worker adds its residual to its gradient before it encodes, and keeps what the
 A residual belongs to a weight *and* to a holder of it.  It is state like AdamW's moments: it
 changes with a commit only, and moves when layers do.  Who keeps a layer keeps its residual; who
 gives one up hands its residual to a holder that stays, or comes; where a single holder is left,
-which sends nothing, it goes into the next gradient.  Only with a worker that dies its own
-residuals are lost.
+which sends nothing, it goes into the next gradient.  Of a worker that dies, the copy that a peer
+has is handed on (*spare*, made after each step where links have room for it: ``training.copies``);
+without one its own residuals are lost.
 """
 
 from __future__ import annotations
@@ -20,10 +21,19 @@ import torch
 
 from ray_train_geo.training.buckets import Bucket
 
-__all__ = ["RESIDUAL", "Residuals", "saved_residual", "saved_residuals"]
+__all__ = ["RESIDUAL", "SPARE", "Residuals", "saved_residual", "saved_residuals", "spare_name"]
 
 RESIDUAL = "residual."
 """Before a weight's name, in a state's flat names."""
+
+
+SPARE = "spare."
+"""Likewise, of a copy of another worker's residual."""
+
+
+def spare_name(weight: str, owner: str) -> str:
+    """The flat name of a copy of ``owner``'s residual."""
+    return f"{SPARE}{weight}@{owner}"
 
 
 def saved_residual(name: str, rank: int) -> str:

@@ -24,6 +24,7 @@ from ray_train_geo.schedule.make import make_schedule
 from ray_train_geo.training.assignment import Assignment, Outcome, Reporter, Start, StepRecord
 from ray_train_geo.training.batches import BatchSource
 from ray_train_geo.training.copies import Copier
+from ray_train_geo.training.delayed_stepping import DelayedStepping
 from ray_train_geo.training.edges import make_edges
 from ray_train_geo.training.executor import Batches, StageExecutor, at_full_speed
 from ray_train_geo.training.gauge import Gauge, Observed
@@ -35,6 +36,7 @@ from ray_train_geo.training.local_stepping import LocalStepping
 from ray_train_geo.training.memory import Memory, Snapshot
 from ray_train_geo.training.outer_sync import OuterSync, outer_buckets
 from ray_train_geo.training.precision import LossScale
+from ray_train_geo.training.residuals import RESIDUAL, spare_name
 from ray_train_geo.training.saver import Saver
 from ray_train_geo.training.standing import Standing, Totals
 from ray_train_geo.training.stepping import Stepping, Synchronous
@@ -85,6 +87,7 @@ class StageRuntime:
         self._forget_arrivals: Callable[[], None] = lambda: None
         self._trains = False
         self._steps: Stepping | None = None
+        self._failure: BaseException | None = None
 
     # ------------------------------------------------------------------ getting ready
 
@@ -117,7 +120,9 @@ class StageRuntime:
             for bucket in buckets
             if len(bucket.holders) > 1
         }
-        sums = gradient_sums(a.job, plan, self._state, groups, self._workspace)
+        delayed = bool(a.job.parallelism.delay_steps)  # then a thread of its own sums
+        workspace = Workspace(self.device) if delayed else self._workspace
+        sums = gradient_sums(a.job, plan, self._state, groups, workspace)
         self._sync = GradientSync(buckets, groups, sums, self._tracer)
         self._steps = self._stepping((began.step, began.loss_scale))
         self._count_arrivals()
@@ -139,14 +144,17 @@ class StageRuntime:
         saved = began.step if isinstance(a.start, Start) and not a.start.weights_only else None
         self._saver = Saver(a, self._state, self._reporter, saved, self._phases)
         self._copier = Copier(
-            a.copies, a.copies_to, a.generation, self.memory, self._copied_state, a.deadline_s
-        )
+            a.copies, a.copies_to, a.generation, self.memory, self._copied_state, a.deadline_s,
+            a.spares_to, self._copied_residuals,
+        )  # fmt: skip
 
     def _stepping(self, began: tuple[int, LossScale]) -> Stepping:
         a, state, spec = self.assignment, self._state, self.assignment.job.local_sgd
         transports, tracer = self._links.transports, self._tracer
         world = transports[WORLD]
         committed = self._reporter.committed if a.rank == 0 else _untold
+        if a.job.parallelism.delay_steps:
+            return DelayedStepping(a, state, began, world, tracer, committed, self._failed)
         if spec is None or a.island is None:
             return Synchronous(a, state, began, world, tracer, committed)
         sizes = {name: weight.numel() for name, weight in state.weights.items()}
@@ -186,6 +194,15 @@ class StageRuntime:
         copies = {name: t.to("cpu", copy=True) for name, t in live.tensors.items()}
         return Snapshot(live.step, live.updates, live.loss_scale, copies)
 
+    def _copied_residuals(self) -> Snapshot:
+        assert self._steps is not None
+        residuals, owner = self._state.residuals, self.assignment.device
+        copies = {
+            spare_name(name.removeprefix(RESIDUAL), owner): t.to("cpu", copy=True)
+            for name, t in ({} if residuals is None else residuals.tensors()).items()
+        }
+        return Snapshot(self._steps.step, self._state.updates, self._steps.scale, copies)
+
     # ------------------------------------------------------------------ schedule
 
     def _actions(self) -> list[Action]:
@@ -211,6 +228,9 @@ class StageRuntime:
         self._forget_arrivals = self._state.on_gradient(arrived)
 
     def _begin_arrivals(self) -> None:
+        assert self._steps is not None
+        self._steps.synchronized()
+        self._sync.begin(self._steps.computing, self._steps.scale.factor)
         self._missing = [len(bucket.names) for bucket in self._state.buckets]
 
     # ------------------------------------------------------------------ steps
@@ -230,10 +250,10 @@ class StageRuntime:
         self._trains = True
         self.memory.close()
         self._copier.begin()
-        totals, first = Totals(0.0, 0.0), steps.step + 1
+        totals, first = Totals(0.0, 0.0), steps.computing
         interval = self.assignment.job.checkpoint.interval
-        while steps.step < until and not (totals.stop or totals.pause):
-            step = steps.step + 1
+        while steps.computing <= until and not (totals.stop or totals.pause):
+            step = steps.computing
             tracing = first < step <= first + self.assignment.job.run.trace_steps
             self._tracer.enabled = tracing
             saves = bool(interval) and step % interval == 0
@@ -249,12 +269,26 @@ class StageRuntime:
         return Outcome(steps.step, interrupted, self._state.updates, steps.scale, paused)
 
     def _run_step(self, steps: Stepping, last: bool) -> Totals:
-        deadline_s, step = self.assignment.deadline_s, steps.step + 1
+        assert self._copier is not None
+        before, step = steps.step, steps.computing
         self._missing = None
         self._state.clear_gradients()
-        self._sync.begin(step, steps.scale.factor)
         steps.begin()
-        loss_sum = self._executor.run(step, steps.loss_factor, deadline_s)
+        try:
+            loss = self._executor.run(step, steps.loss_factor, self.assignment.deadline_s)
+            asked = self._stopping.is_set(), self._pausing.is_set()
+            totals = steps.finish(lambda: self._complete(steps, loss), asked, last)
+        except AbortedError:
+            if self._failure is not None:
+                raise self._failure from None  # what it was aborted for
+            raise
+        if steps.step > before:
+            self._copier.committed(steps.step)
+        return totals
+
+    def _complete(self, steps: Stepping, loss_sum: torch.Tensor | None) -> float:
+        """Wait until the gradients are summed, and all else that a commit relies on is done."""
+        deadline_s = self.assignment.deadline_s
         self._sync.finish(deadline_s)
         if self._state.residuals is not None:
             self._state.residuals.release(steps.scale.factor)
@@ -263,11 +297,12 @@ class StageRuntime:
             self._links.synchronize(deadline_s)
         assert self._copier is not None
         self._copier.finish()
-        loss = 0.0 if loss_sum is None else float(loss_sum)
-        asked = self._stopping.is_set(), self._pausing.is_set()
-        totals = steps.finish(loss, asked, last)
-        self._copier.committed(step)
-        return totals
+        return 0.0 if loss_sum is None else float(loss_sum)
+
+    def _failed(self, error: BaseException) -> None:
+        """A thread of this worker's has failed: the one that computes is not to wait for peers."""
+        self._failure = error
+        self.abort()
 
     def observe(self) -> Observed:
         """What was measured since the last call; from any thread, while steps run."""

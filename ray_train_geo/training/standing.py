@@ -16,11 +16,21 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ray_train_geo.errors import WorkerError
 from ray_train_geo.training.precision import LossScale
 
-__all__ = ["Common", "Holding", "Standing", "StepRecord", "Totals", "common_state", "settlement"]
+__all__ = [
+    "Bequest",
+    "Common",
+    "Holding",
+    "Standing",
+    "StepRecord",
+    "Totals",
+    "common_state",
+    "settlement",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +76,7 @@ class Holding:
         names: weights that it has, each with its moments.
         updates: AdamW updates so far.
         residuals: weights that it has a residual of its own for.
+        spares: (weight, owner): copies of other workers' residuals.
     """
 
     step: int
@@ -73,6 +84,7 @@ class Holding:
     loss_scale: LossScale
     names: frozenset[str]
     residuals: frozenset[str] = frozenset()
+    spares: frozenset[tuple[str, str]] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +127,18 @@ def settlement(standings: Mapping[str, Standing]) -> tuple[int | None, Totals | 
     return step, totals, behind
 
 
+class Bequest(NamedTuple):
+    """A residual that somebody else is to take over.
+
+    Args:
+        giver: the worker that has it.
+        owner: whose it was, if not the giver's own.
+    """
+
+    giver: str
+    owner: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Common:
     """A step that all can go on from.
@@ -122,6 +146,7 @@ class Common:
     Args:
         holders: of each weight, the workers that have it at this step.
         residuals: of each weight, the workers that have a residual for it.
+        spares: of each weight, copies of residuals of workers that are gone: (owner, who has it).
     """
 
     step: int
@@ -129,22 +154,26 @@ class Common:
     loss_scale: LossScale
     holders: Mapping[str, tuple[str, ...]]
     residuals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    spares: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
 
-    def bequests(self, holders: Mapping[str, Sequence[str]]) -> dict[str, dict[str, list[str]]]:
-        """Who gets whose residuals: heir -> weight -> workers that give up the weight.
+    def bequests(self, holders: Mapping[str, Sequence[str]]) -> dict[str, dict[str, list[Bequest]]]:
+        """Who gets whose residuals: heir -> weight -> of workers that give it up, or are gone.
 
-        Who keeps a weight keeps its residual.
+        Who keeps a weight keeps its residual.  Heirs are those that come, before those that have
+        one of their own: whoever takes a lost worker's place goes on with its residual.
 
         Args:
             holders: of each weight, the workers that will hold it.
         """
-        found: dict[str, dict[str, list[str]]] = {}
-        for name, having in sorted(self.residuals.items()):
-            heirs = holders[name]
-            leaving = [worker for worker in having if worker not in heirs]
-            for i, worker in enumerate(leaving):
+        found: dict[str, dict[str, list[Bequest]]] = {}
+        for name in sorted({*self.residuals, *self.spares}):
+            having = self.residuals.get(name, ())
+            heirs = sorted(holders[name], key=lambda worker: worker in having)
+            left = [Bequest(worker) for worker in having if worker not in heirs]
+            left += [Bequest(keeper, owner) for owner, keeper in self.spares.get(name, ())]
+            for i, bequest in enumerate(left):
                 heir = heirs[i % len(heirs)]
-                found.setdefault(heir, {}).setdefault(name, []).append(worker)
+                found.setdefault(heir, {}).setdefault(name, []).append(bequest)
         return found
 
 
@@ -176,5 +205,11 @@ def common_state(
                 n: tuple(dict.fromkeys(w for w, h in found if n in h.residuals)) for n in names
             }
             left = {n: workers for n, workers in residuals.items() if workers}
-            return Common(step, first.updates, first.loss_scale, holders, left)
+            spares: dict[str, dict[str, str]] = {}
+            for worker, holding in found:
+                for name, owner in sorted(holding.spares):
+                    if name in residuals and owner not in residuals[name]:
+                        spares.setdefault(name, {}).setdefault(owner, worker)
+            gone = {name: tuple(owners.items()) for name, owners in spares.items()}
+            return Common(step, first.updates, first.loss_scale, holders, left, gone)
     return None

@@ -6,6 +6,10 @@
 
 The flat buffers, one a bucket, are what gradient sync sends.  A bucket that no other rank holds
 needs none in fp32: its gradients are left to autograd, which saves clearing and one addition.
+
+With a delay of one step (:mod:`.delayed_stepping`) there are two sets of buffers, one that backward
+fills while the other is summed, and the weights *before* the newest update are state, too:
+``behind.NAME``, at which the next step is computed.
 """
 
 from __future__ import annotations
@@ -22,7 +26,10 @@ from ray_train_geo.training.outer import OuterState
 from ray_train_geo.training.precision import DTYPES
 from ray_train_geo.training.residuals import Residuals
 
-__all__ = ["StageState"]
+__all__ = ["BEHIND", "StageState"]
+
+BEHIND = "behind"
+"""In flat names: a weight before the newest update."""
 
 
 class StageState:
@@ -35,6 +42,7 @@ class StageState:
             the outer optimizer's.
         local_sgd: there is an outer optimizer.
         feeds_back: sums are encoded, and what is left out is kept.
+        delayed: sums come a step later.
     """
 
     def __init__(
@@ -45,6 +53,7 @@ class StageState:
         moments: Mapping[str, torch.Tensor] | None = None,
         local_sgd: bool = False,
         feeds_back: bool = False,
+        delayed: bool = False,
     ) -> None:
         self.module = module
         self.buckets = buckets
@@ -59,18 +68,49 @@ class StageState:
         self._parameters = parameters
         self.buffers: dict[int, torch.Tensor] = {}
         for index, bucket in enumerate(buckets):
-            if self._low_precision or len(bucket.holders) > 1:
-                self.buffers[index] = self._flat_gradients(bucket)
+            if self._low_precision or delayed or len(bucket.holders) > 1:
+                self.buffers[index] = self._empty_gradients(bucket)
+        self.idle = {i: torch.zeros_like(flat) for i, flat in self.buffers.items() if delayed}
+        self._point_gradients()
+        self.behind: dict[str, torch.Tensor] | None = None
+        if delayed:
+            kept = moments or {}
+            self.behind = {
+                name: kept.get(f"{BEHIND}.{name}", weight.detach().clone())
+                for name, weight in self.weights.items()
+            }
         self.optimizer = AdamW(self.weights, training, moments)
         self.outer = OuterState(self.weights, moments or {}) if local_sgd else None
         self.residuals = Residuals(buckets, self.weights) if feeds_back else None
 
-    def _flat_gradients(self, bucket: Bucket) -> torch.Tensor:
-        sizes = [self.weights[name].numel() for name in bucket.names]
-        buffer = torch.zeros(sum(sizes), device=self.weights[bucket.names[0]].device)
-        for name, part in zip(bucket.names, buffer.split(sizes), strict=True):
-            self.weights[name].grad = part.view_as(self.weights[name])
-        return buffer
+    def _empty_gradients(self, bucket: Bucket) -> torch.Tensor:
+        elements = sum(self.weights[name].numel() for name in bucket.names)
+        return torch.zeros(elements, device=self.weights[bucket.names[0]].device)
+
+    def _point_gradients(self) -> None:
+        """Weights' gradients are views of the flat buffers."""
+        for index, buffer in self.buffers.items():
+            names = self.buckets[index].names
+            sizes = [self.weights[name].numel() for name in names]
+            for name, part in zip(names, buffer.split(sizes), strict=True):
+                self.weights[name].grad = part.view_as(self.weights[name])
+
+    def swap_gradients(self) -> None:
+        """With a delay: :attr:`buffers`, which backward fills and an update reads, become idle."""
+        self.idle, filled = dict(self.buffers), self.idle
+        self.buffers.update(filled)
+        self._point_gradients()
+
+    @torch.no_grad()
+    def swap_behind(self) -> None:
+        """With a delay: weights and those before the newest update take each other's places."""
+        assert self.behind is not None
+        for name, behind in self.behind.items():
+            weight = self.weights[name].detach()
+            newest = weight.clone()
+            weight.copy_(behind)
+            behind.copy_(newest)
+        self.refresh()
 
     def gradients(self, bucket: int) -> list[torch.Tensor]:
         """The fp32 gradients of a bucket: its flat buffer, or each weight's."""
@@ -101,10 +141,10 @@ class StageState:
     def _hook(self, name: str, arrived: Callable[[str], None]) -> Callable[[torch.Tensor], None]:
         if not self._low_precision:
             return lambda parameter: arrived(name)
-        gradient = self.weights[name].grad
-        assert gradient is not None
 
         def hook(parameter: torch.Tensor) -> None:
+            gradient = self.weights[name].grad
+            assert gradient is not None
             assert parameter.grad is not None
             gradient.add_(parameter.grad)
             parameter.grad = None
@@ -112,20 +152,28 @@ class StageState:
 
         return hook
 
-    def squared_norm(self, rank: int) -> float:
-        """Sum of squares of the gradients that ``rank`` answers for: each counts once globally."""
+    def squared_norm(self, rank: int, buffers: Mapping[int, torch.Tensor] | None = None) -> float:
+        """Sum of squares of the gradients that ``rank`` answers for: each counts once globally.
+
+        Args:
+            buffers: all of them, if not those of now.
+        """
         mine = [
             gradient
             for index, bucket in enumerate(self.buckets)
             if bucket.holders[0] == rank
-            for gradient in self.gradients(index)
+            for gradient in (self.gradients(index) if buffers is None else [buffers[index]])
         ]
         if not mine:
             return 0.0
         return float(torch.stack(torch._foreach_norm(mine)).double().square().sum())
 
+    @torch.no_grad()
     def apply(self, learning_rate: float, factor: float) -> None:
         """One AdamW update with the gradients times ``factor``."""
+        if self.behind is not None:
+            for name, behind in self.behind.items():
+                behind.copy_(self.weights[name])
         self.optimizer.step(learning_rate, factor)
         self.refresh()
         if self.residuals is not None:
@@ -157,9 +205,9 @@ class StageState:
     def tensors(self, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
         """The state as flat names: ``model.NAME``, ``exp_avg.NAME``, ``exp_avg_sq.NAME``.
 
-        Under local SGD also what ``training.outer`` names.  The tensors are the state itself, not
-        copies.  Without ``names`` this worker's residuals are among them: as they are until the
-        next step is applied.
+        Under local SGD also what ``training.outer`` names, with a delay ``behind.NAME``.  The
+        tensors are the state itself, not copies.  Without ``names`` this worker's residuals are
+        among them: as they are until the next step is applied.
         """
         chosen = list(self.weights if names is None else names)
         found = self.inner_tensors(chosen)
@@ -175,6 +223,8 @@ class StageState:
             found[f"model.{name}"] = weight.detach()
             for moment in MOMENTS:
                 found[f"{moment}.{name}"] = self.optimizer.moments[moment][name]
+            if self.behind is not None:
+                found[f"{BEHIND}.{name}"] = self.behind[name]
         return found
 
     @torch.no_grad()

@@ -50,14 +50,22 @@ class Stepping(Protocol):
     @property
     def loss_factor(self) -> float: ...
 
+    @property
+    def computing(self) -> int:
+        """The step that begins next, or has begun."""
+
     def begin(self) -> None:
         """The next step begins."""
 
-    def finish(self, loss_sum: float, asked: tuple[bool, bool], last: bool) -> Totals:
-        """The step's gradients are complete here: apply it, or raise.
+    def synchronized(self) -> None:
+        """The step's first gradients are about to be summed."""
+
+    def finish(self, complete: Callable[[], float], asked: tuple[bool, bool], last: bool) -> Totals:
+        """The step's last backward has ended here: apply it, or raise.
 
         Args:
-            loss_sum: over the tokens that this worker has computed the loss of, in nats.
+            complete: waits until the gradients are summed, and returns the loss: over the tokens
+                that this worker has computed it of, in nats.
             asked: whether somebody here asks to stop, to pause.
             last: nothing may be left open: state is saved, or the run ends.
 
@@ -113,12 +121,19 @@ class Synchronous:
         # leaves fp16 headroom.
         return self.scale.factor / self._assignment.job.training.total_microbatches
 
+    @property
+    def computing(self) -> int:
+        return self.step + 1
+
     def begin(self) -> None:
         self._began_s = time.perf_counter()
         self._ballot.begin()
 
-    def finish(self, loss_sum: float, asked: tuple[bool, bool], last: bool) -> Totals:
-        step = self.step + 1
+    def synchronized(self) -> None:
+        """The last step's sums were complete before this step began."""
+
+    def finish(self, complete: Callable[[], float], asked: tuple[bool, bool], last: bool) -> Totals:
+        step, loss_sum = self.step + 1, complete()
         with self._tracer.span("optimizer", "commit", step):
             norm = self._state.squared_norm(self._assignment.rank)
             self._prepared = step  # from here on others may commit, and this worker can follow

@@ -92,7 +92,7 @@ def run_diloco(
     }
     data = open_dataset(job.data, t.seq_len)
     order = SampleOrder(t.seed, data.samples, t.global_batch, t.microbatch)
-    flying: list[tuple[int, str, torch.Tensor]] = []
+    flying: list[tuple[int, str, torch.Tensor, list[torch.Tensor]]] = []
     losses = []
 
     def average(name: str) -> torch.Tensor:
@@ -104,13 +104,17 @@ def run_diloco(
             island.tokens[name] = 0
         return mean
 
-    def merge(name: str, mean: torch.Tensor, mix: float) -> None:
+    def merge(name: str, mean: torch.Tensor, mix: float, sent: Sequence[torch.Tensor]) -> None:
         weight, sgd = outer[name]
         weight.grad = mean
         sgd.step()
-        for island in among:
+        for island, before in zip(among, sent, strict=True):
             own = island.weights[name]
-            own.data = mix * own.data + (1 - mix) * weight.data
+            since = own.data - before if spec.carry else 0.0
+            own.data = mix * own.data + (1 - mix) * (weight.data + since)
+
+    def copies(name: str) -> list[torch.Tensor]:
+        return [island.weights[name].detach().clone() for island in among]
 
     for step in range(1, until + 1):
         loss_sum = 0.0
@@ -130,19 +134,20 @@ def run_diloco(
                 island.tokens[name] += len(island.microbatches)
         losses.append(loss_sum / t.tokens_per_step)
         closing = step == until or step in closes
-        for lands, name, mean in list(flying):
-            if lands == step or closing:
-                merge(name, mean, spec.mix)
-                flying.remove((lands, name, mean))
+        for flight in [f for f in flying if f[0] == step or closing]:
+            _, name, mean, sent = flight
+            merge(name, mean, spec.mix, sent)
+        flying = [f for f in flying if not (f[0] == step or closing)]
         for name in outer:
             turn = spec.inner_steps * (fragment(name, dims, spec.fragments) + 1) // spec.fragments
             if closing:
-                merge(name, average(name), 0.0)
+                merge(name, average(name), 0.0, copies(name))
             elif step % spec.inner_steps == turn % spec.inner_steps:
                 if spec.delay_steps:
-                    flying.append((step + spec.delay_steps, name, average(name)))
+                    lands, sent = step + spec.delay_steps, copies(name)
+                    flying.append((lands, name, average(name), sent))
                 else:
-                    merge(name, average(name), 0.0)
+                    merge(name, average(name), 0.0, copies(name))
         if changes and step in changes:
             before, among = among, []
             flying.clear()

@@ -71,12 +71,14 @@ class Generations:
         duties: Mapping[int, CopyDuty] | None = None,
         before: Callable[[dict[int, StageRuntime]], None] = lambda runtimes: None,
         ahead: Mapping[int, Links] | None = None,
+        spares: Mapping[int, str] | None = None,
     ) -> dict[int, Outcome | BaseException]:
         """One generation to its end; what each rank's run returned or raised.
 
         Args:
             ahead: what :meth:`links` gave for this plan, while the one before ran.
             before: gets all runtimes, built, before they run.
+            spares: of a rank, the device that gets copies of its residuals.
         """
         self._number += 1
         store, ranks = HashStore(), range(plan.world_size)
@@ -85,7 +87,8 @@ class Generations:
                 self.workers[device.id] = Worker()
         runtimes = {}
         for rank in ranks:
-            assignment = self._assignment(plan, rank, common, (duties or {}).get(rank))
+            duty = (duties or {}).get(rank)
+            assignment = self._assignment(plan, rank, common, duty, spares or {})
             cpu, memory = torch.device("cpu"), self.workers[plan.devices[rank].id].memory
             links = Links(assignment, store, cpu) if ahead is None else ahead[rank]
             reporter = _Reporter(self.records)
@@ -106,12 +109,13 @@ class Generations:
     def links(self, plan: Plan) -> dict[int, Links]:
         """Of the next generation under ``plan``, not yet joined."""
         store, cpu, number = HashStore(), torch.device("cpu"), self._number + 1
-        orders = (self._assignment(plan, rank, None, None) for rank in range(plan.world_size))
+        orders = (self._assignment(plan, rank, None, None, {}) for rank in range(plan.world_size))
         return {a.rank: Links(replace(a, generation=number), store, cpu) for a in orders}
 
     def _assignment(
-        self, plan: Plan, rank: int, common: Common | None, duty: CopyDuty | None
-    ) -> Assignment:
+        self, plan: Plan, rank: int, common: Common | None, duty: CopyDuty | None,
+        spares: Mapping[int, str],
+    ) -> Assignment:  # fmt: skip
         device, start = plan.devices[rank].id, None
         if common is not None:
             there = Topology(tuple(Device(name, node=name) for name in self.workers))
@@ -119,8 +123,8 @@ class Generations:
             sources = sources_of(plan, self.dims, there, holders, local_sgd)[device]
             places = {n: self.workers[d].server.address for n, d in sources.devices.items()}
             bequests = {
-                name: [self.workers[giver].server.address for giver in givers]
-                for name, givers in common.bequests(holding_devices(plan, self.dims))
+                name: [(self.workers[b.giver].server.address, b.owner) for b in left]
+                for name, left in common.bequests(holding_devices(plan, self.dims))
                 .get(device, {})
                 .items()
             }
@@ -129,6 +133,7 @@ class Generations:
                 frozenset(sources.restarts), bequests,
             )  # fmt: skip
         peer = None if duty is None else duty.peer
+        keeper = spares.get(rank)
         return Assignment(
             job=self.job,
             dims=self.dims,
@@ -140,6 +145,7 @@ class Generations:
             checkpoint_root=str(self.job.run.directory / "checkpoints"),
             start=start,
             copies=duty,
+            spares_to=None if keeper is None else self.workers[keeper].server.address,
             copies_to=None if peer is None else self.workers[plan.devices[peer].id].server.address,
         )
 

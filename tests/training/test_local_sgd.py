@@ -28,6 +28,7 @@ STREAMING = [
     "local_sgd.delay_steps=2",
     "local_sgd.mix=0.25",
 ]
+CARRIED = [*STREAMING, "local_sgd.carry=true", "local_sgd.mix=0"]
 UNEVEN = ["parallelism.pipelines=3", "parallelism.microbatches=[4,1,3]"]
 CUT_DIFFERENTLY = ["parallelism.layers=[[0,1,3,6],[0,4,6]]", "parallelism.microbatches=[5,3]"]
 REGIONS = [
@@ -71,9 +72,9 @@ def saved_parameters(job: JobSpec) -> dict[str, torch.Tensor]:
         [*CUT_DIFFERENTLY, *STREAMING],
         [*CUT_DIFFERENTLY, *DILOCO, "checkpoint.interval=6"],
         [*REGIONS, *DILOCO],
-        [*REGIONS, *STREAMING],
+        [*REGIONS, *CARRIED],
     ],
-    ids=["diloco", "streaming", "with-checkpoints", "regions", "regions-streaming"],
+    ids=["diloco", "streaming", "with-checkpoints", "regions", "regions-carried"],
 )
 def test_islands_train_as_the_papers_say(tmp_path: Path, overrides: list[str]) -> None:
     """Losses of all steps, and the last checkpoint, are those of a plain loop."""
