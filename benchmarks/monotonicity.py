@@ -20,10 +20,11 @@ from itertools import pairwise
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from ray_train_geo.simulation.static_shares import with_static_shares
+
 from ray_train_geo.schedule.gpipe import gpipe
 from ray_train_geo.schedule.one_f_one_b import one_f_one_b
 from ray_train_geo.simulation.engine import simulate
-from ray_train_geo.simulation.static_shares import with_static_shares
 from ray_train_geo.simulation.work import Flow, PipelineWork
 
 CHANGES = ("one NIC", "all NICs", "all links", "one link", "all latencies")
