@@ -1,22 +1,25 @@
 """How flows share NICs and uplinks: in rounds, so that a faster network never makes a step slower.
 
 All flows over a resource take turns.  A *round* is one message of a flow and, of every other flow,
-its part of the bytes of the step that goes with it; the resource needs ``every_s`` for one.  A
-flow's next message leaves no sooner than a round after its last, and in a round one message waits
-on average for half of the others.  With ``alone_s`` for a message that meets nobody::
+its part of the bytes of the step that goes with it; the resource needs ``every_s`` for one::
 
-    a: one of 3 equal flows        a b c a b c a b c
-    transfer_s = (alone_s + every_s) / 2      |---|---|      every_s
+    a b c . . . a b c . . . a b c          a: one of three equal flows
+    |---| every_s
+    |---------| compute_s, of the slowest stage: rounds are no closer
+
     left[k] = max(ready[k] + transfer_s, left[k - 1] + every_s)
+    transfer_s = alone_s + (every_s - alone_s) / 2 * min(1, every_s / compute_s)
 
-and the last message is not through before a resource has carried all that goes over it since the
-first.  In the long run a resource carries what it can and no more, shared by the bytes that flows
-have to send, and who is slowed down by other things does not slow down who is not.
+So a flow's next message leaves no sooner than a round after its last.  A message that needs
+``alone_s`` if it meets nobody waits besides for half of the others on average, if the round is
+under way when it comes: always, or as often as the resource is busy.  And the last message is not
+through before the resource has carried all that goes over it since the first.
 
-Nothing here depends on when others send: all is a maximum of sums (a max-plus system: Baccelli et
-al., *Synchronization and Linearity*), whose terms fall with bandwidth and grow with latency.  So
-does a step.  Under max-min fair sharing at every moment it does not: a message that comes sooner
-can come in the way of one that is urgent, as in Graham's anomalies (1969).
+In the long run a resource carries what it can and no more, shared by the bytes that flows have to
+send.  Nothing depends on when others send: all is a maximum of sums (a max-plus system: Baccelli
+et al., *Synchronization and Linearity*), whose terms fall with bandwidth and grow with latency.
+So does a step.  Under max-min fair sharing at every moment it does not: a message that comes
+sooner can come in the way of one that is urgent, as in Graham's anomalies (1969).
 
 Under GPipe all activations of a pipeline are through before its first gradient leaves: activations
 meet activations, and gradients meet gradients.
@@ -126,22 +129,24 @@ def shared_hops(
             both = down > 0 and up > 0
             loads[r] += _Load(down, up, 0.0, both) if in_phases else _Load(mixed=down + up)
 
-    def hop(flow: Flow, way: int, messages: int, in_phases: bool) -> Hop | SharedHop:
+    def hop(flow: Flow, way: int, p: PipelineWork, in_phases: bool) -> Hop | SharedHop:
         per_byte = [float(seconds_per_byte[r]) for r in flow.resources]
         alone_s = flow.size_bytes * max(flow.seconds_per_byte, *per_byte, 0.0)
         busy = (
             loads[r].met(way, in_phases) * s for r, s in zip(flow.resources, per_byte, strict=True)
         )
-        every_s = max(busy, default=0.0) / messages if flow.size_bytes else 0.0
+        every_s = max(busy, default=0.0) / p.microbatches if flow.size_bytes else 0.0
         if every_s <= alone_s:
             return Hop(flow.latency_s, alone_s, flow.cold_s)
-        transfer_s = (alone_s + every_s) / 2
-        return SharedHop(flow.latency_s, transfer_s, every_s, messages, flow.cold_s)
+        # every_s is above 0; who computes for no time finds the resource busy.
+        met = every_s / max(every_s, _compute_s(p, way if in_phases else None))
+        transfer_s = alone_s + (every_s - alone_s) / 2 * met
+        return SharedHop(flow.latency_s, transfer_s, every_s, p.microbatches, flow.cold_s)
 
     return [
         (
-            tuple(hop(flow, 0, p.microbatches, in_phases) for flow in p.down),
-            tuple(hop(flow, 1, p.microbatches, in_phases) for flow in p.up),
+            tuple(hop(flow, 0, p, in_phases) for flow in p.down),
+            tuple(hop(flow, 1, p, in_phases) for flow in p.up),
         )
         for p, in_phases in zip(pipelines, phases, strict=True)
     ]
@@ -151,3 +156,12 @@ def _in_phases(pipeline: PipelineWork) -> bool:
     """Whether the last stage runs all its forwards before its first backward."""
     kinds = [a.kind for a in pipeline.actions[-1]]
     return "F" not in kinds[kinds.index("B") :] if "B" in kinds else False
+
+
+def _compute_s(pipeline: PipelineWork, way: int | None) -> float:
+    """Of one microbatch, on the slowest stage: forwards (0), backwards (1), or all of it."""
+    weight_s = pipeline.weight_s or (0.0,) * len(pipeline.backward_s)
+    backward_s = [b + w for b, w in zip(pipeline.backward_s, weight_s, strict=True)]
+    if way is None:
+        return max(f + b for f, b in zip(pipeline.forward_s, backward_s, strict=True))
+    return max(backward_s if way else pipeline.forward_s)

@@ -10,12 +10,22 @@ from ray_train_geo.simulation.work import Flow, PipelineWork
 
 
 def pair(
-    *down_resources, microbatches=4, rate=4.0, size_bytes=8.0, up=(), schedule=gpipe, cold_s=0.0
+    *down_resources,
+    microbatches=4,
+    rate=4.0,
+    size_bytes=8.0,
+    up=(),
+    schedule=gpipe,
+    cold_s=0.0,
+    seconds=(1.0, 1.0),
 ):
     """Two stages; a hop of ``rate`` bytes per second over ``down_resources``, and one back."""
     down = Flow(0.5, size_bytes, 1 / rate, down_resources, cold_s)
     back = Flow(0.5, size_bytes, 1 / rate, up)
-    return PipelineWork(schedule(2, microbatches), (1.0, 1.0), (1.0, 1.0), (down,), (back,))
+    forward_s, backward_s = seconds
+    return PipelineWork(
+        schedule(2, microbatches), (forward_s,) * 2, (backward_s,) * 2, (down,), (back,)
+    )
 
 
 def alternating(stages, microbatches):
@@ -32,6 +42,18 @@ def test_a_round_is_a_message_and_what_others_send_with_it():
     a, b = downs([few, many], [1.0])
     assert a == SharedHop(0.5, (8 + 40) / 2, 40.0, 4, 0.0)
     assert b == SharedHop(0.5, (8 + 10) / 2, 10.0, 16, 0.0)
+
+
+def test_who_seldom_sends_seldom_waits():
+    # A round takes 16 s, and 8 of them are one's own.
+    waits_s = []
+    for compute_s in (1.0, 16.0, 32.0, 1600.0):
+        work = pair(0, seconds=(compute_s, 0.0))
+        waits_s.append(downs([work, work], [1.0])[0].transfer_s - 8.0)
+    assert waits_s == pytest.approx([4.0, 4.0, 2.0, 0.04])
+    # A stage that alternates is busy with both.
+    both = pair(0, seconds=(8.0, 24.0), schedule=alternating)
+    assert downs([both, both], [1.0])[0].transfer_s == pytest.approx(8.0 + 2.0)
 
 
 def test_what_one_flow_alone_uses_is_part_of_its_link():
