@@ -1,10 +1,11 @@
 """Fit the constants of the published comparison on its public rows, and print what is left.
 
-    .venv/bin/python benchmarks/fit_systems.py [--keep] [--write] [--leave-one-out]
+    .venv/bin/python benchmarks/fit_systems.py [--keep] [--write] [--leave-out case|batch]
 
 Constants are fitted in groups, each on the systems that name it; a group's later ones see the
 earlier ones' values.  Residuals are relative, in logarithms; every (case, system) counts the same.
-``--leave-one-out`` fits again without each case and predicts that case.  Takes some minutes.
+``--leave-out`` fits again without each case (each batch size), from round figures, and predicts
+what was left out.  A fit takes some minutes.
 """
 
 from __future__ import annotations
@@ -51,8 +52,19 @@ NOMINAL = {
     "hardware.shaped_rate_factor": 1.0,
     "hardware.flow_gbps": 5.0,
     "hardware.collective_window_bytes": 16.6e6,
+    "hardware.a40_fp16_tflops": 60.0,
+    "hardware.nvlink_gbytes_per_s": 40.0,
+    "megatron.compute_factor": 0.7,
+    "megatron.transfer_factor": 1.0,
+    "megatron.latency_factor": 1.0,
+    "megatron.shared_nic_factor": 1.0,
+    "deepspeed_pipeline.compute_factor": 0.7,
+    "deepspeed_pipeline.transfer_factor": 1.0,
+    "deepspeed_pipeline.shared_nic_factor": 1.0,
+    "zero_3.compute_factor": 0.7,
+    "zero_3.bandwidth_share": 1.0,
 }
-"""Where fits begin that must not have seen a case: data sheets, documents, round figures."""
+"""Where fits begin that must not have seen a row: data sheets, documents, round figures."""
 
 _P3_16XLARGE = 25e9 / 8
 """Bytes per second of the instance's NIC."""
@@ -61,23 +73,22 @@ Row = Measured | PipelineRow
 
 
 def predicted_s(row: Row, figures: Constants, known: dict[object, tuple[float, float]]) -> float:
-    """A row's step time; steps of DT-FM are affine in its whole rounds, so two are enough."""
+    """A row's step time; steps are affine in the batch, so that two of them are enough."""
     if isinstance(row, PipelineRow):
         return _pipeline_s(row, figures)
-    if row.system not in DTFM:
-        found = simulate(
-            row.system, row.model, row.global_batch, scenario=row.scenario, figures=figures
-        )
-        return found.step_s
     key = row.system, row.model, row.scenario
     if key not in known:
-        replicas = {"fluidstack-2": 4, "fluidstack-3": 6}.get(row.scenario, 8)
-        batch = 64 * replicas
-        found = simulate(row.system, row.model, batch, scenario=row.scenario, figures=figures)
-        sync_s = found.breakdown["gradient_sync"]
-        known[key] = (found.step_s - sync_s) / batch, sync_s
-    per_sequence_s, sync_s = known[key]
-    return per_sequence_s * row.global_batch + sync_s
+        # One round of DT-FM's, or one of ZeRO's microbatches, and twice as many.
+        batch = {"fluidstack-3": 768}.get(row.scenario, 512)
+        few, many = (
+            simulate(
+                row.system, row.model, n * batch, scenario=row.scenario, figures=figures
+            ).step_s
+            for n in (1, 2)
+        )
+        known[key] = (many - few) / batch, 2 * few - many
+    per_sequence_s, rest_s = known[key]
+    return per_sequence_s * row.global_batch + rest_s
 
 
 def _pipeline_s(row: PipelineRow, figures: Constants) -> float:
@@ -208,6 +219,24 @@ def report(title: str, rows: Sequence[Row], figures: Constants) -> None:
             f"median {100 * median(map(abs, found)):5.1f} %"
         )
     both = [e for (s, w), f in errors.items() if s in DTFM[:2] and "fluid" not in w for e in f]
+    known_s = {
+        (row.system, row.scenario, row.model, row.global_batch): (
+            predicted_s(row, figures, known),
+            row.mean_s,
+        )
+        for row in rows
+        if isinstance(row, Measured) and row.system in DTFM
+    }
+    ratios = []
+    for (system, *where), (slow_s, measured_s) in known_s.items():
+        best = known_s.get((DTFM[0], *where))
+        if system != DTFM[0] and best:
+            ratios.append(slow_s / best[0] / (measured_s / best[1]) - 1)
+    if ratios:
+        print(
+            f"  random / scheduled: median error {100 * median(map(abs, ratios)):.1f} %, "
+            f"largest {100 * max(map(abs, ratios)):.1f} %"
+        )
     if both:
         print(
             f"  DT-FM, five cases: mean {100 * fmean(map(abs, both)):.1f} %, "
@@ -215,23 +244,46 @@ def report(title: str, rows: Sequence[Row], figures: Constants) -> None:
         )
 
 
-def leave_one_out(rows: Sequence[Row], figures: Constants) -> None:
-    """DT-FM's rows of every case, predicted with hardware constants fitted on the other cases."""
-    ours: list[float] = []
-    plain: list[float] = []
-    dtfm = of_cases(rows, DTFM)
-    print("\nleave one case out, DT-FM's rows: this model, and one rate for all")
-    for case in dict.fromkeys(row.scenario for row in dtfm):
-        left = [row for row in dtfm if row.scenario == case]
-        others = [row for row in dtfm if row.scenario != case]
-        fitted = fit(_with(figures, tuple(NOMINAL), tuple(NOMINAL.values())), HARDWARE, others)
+GROUPS = {
+    "DT-FM": DTFM,
+    "Megatron P8": MEGATRON[:2],
+    "DeepSpeed PP": ("deepspeed_pp",),
+    "ZeRO-3": ("zero_s3",),
+}
+
+
+def leave_out(what: str, rows: Sequence[Row]) -> None:
+    """Rows of every case (every batch size), predicted by what was fitted on the others."""
+
+    def key(row: Measured) -> object:
+        return row.scenario if what == "case" else row.global_batch
+
+    published = [row for row in rows if isinstance(row, Measured)]
+    total: dict[tuple[str, str], list[float]] = {}
+    print(f"\nmean errors with one {what} left out: this model, and one rate for all")
+    for left_out in dict.fromkeys(map(key, published)):
+        others = [row for row in published if key(row) != left_out]
+        start = _with(constants(), tuple(NOMINAL), tuple(NOMINAL.values()))
+        fitted = fit_all([*others, *(r for r in rows if isinstance(r, PipelineRow))], start)
         known: dict[object, tuple[float, float]] = {}
-        errors = [abs(predicted_s(row, fitted, known) / row.mean_s - 1) for row in left]
-        simple = simplest(left, others)
-        print(f"  {case:16} mean {100 * fmean(errors):5.1f} %   {100 * fmean(simple):5.1f} %")
-        ours, plain = ours + errors, plain + simple
-    for name, found in (("this model", ours), ("one rate", plain)):
-        print(f"  {name:16} mean {100 * fmean(found):5.1f} %, median {100 * median(found):5.1f} %")
+        for group, systems in GROUPS.items():
+            left = [r for r in published if key(r) == left_out and r.system in systems]
+            if not left:
+                continue
+            errors = [abs(predicted_s(row, fitted, known) / row.mean_s - 1) for row in left]
+            simple = simplest(left, [row for row in others if row.system in systems])
+            print(
+                f"  {left_out!s:16} {group:14} {100 * fmean(errors):5.1f} %  "
+                f"{100 * fmean(simple):5.1f} %",
+                flush=True,
+            )
+            for model, found in (("this model", errors), ("one rate", simple)):
+                total.setdefault((group, model), []).extend(found)
+    for (group, model), found in total.items():
+        print(
+            f"  {group:14} {model:12} mean {100 * fmean(found):5.1f} %, "
+            f"median {100 * median(found):5.1f} %"
+        )
 
 
 def write(figures: Constants) -> None:
@@ -273,7 +325,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--write", action="store_true", help="put the constants into the package")
-    parser.add_argument("--leave-one-out", action="store_true")
+    parser.add_argument("--leave-out", choices=["case", "batch"])
     parser.add_argument("--keep", action="store_true", help="the package's constants, not fitted")
     options = parser.parse_args()
     rows: list[Row] = [*measured(), *pipeline_rows()]
@@ -284,8 +336,8 @@ def main() -> None:
         print(section.name, getattr(figures, section.name))
     if options.write:
         write(figures)
-    if options.leave_one_out:
-        leave_one_out(rows, figures)
+    if options.leave_out:
+        leave_out(options.leave_out, rows)
     print(f"{time.perf_counter() - began:.0f} s")
 
 

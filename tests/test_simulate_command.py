@@ -76,6 +76,13 @@ def test_the_python_function_finds_the_same() -> None:
     assert found["breakdown"] == step.breakdown
 
 
+def test_ours_is_planned_on_so_many_equal_devices() -> None:
+    network = ("--devices", 4, "--latency-ms", 1, "--bandwidth-gbps", 10)
+    found = strict(invoke(*network, *WORK, "--system", "ours", "--json").stdout)
+    assert found["devices"] == 4
+    assert found["step_s"] > found["breakdown"]["compute"] > 0
+
+
 def test_published_names_are_understood() -> None:
     arguments = ("--scenario", "case5", "--model", "GPT3-XL-24", "--global-batch", 1024)
     assert (

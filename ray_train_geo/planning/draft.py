@@ -69,8 +69,6 @@ def _drafted(
         )
     numbers = [d for p in found.pipelines for d in p.devices]
     value = objective_value(problem, prediction.step_s, numbers)
-    if prediction.static_shares:
-        notes.append("predicted with constant shares of NICs and uplinks: the plan is large")
     return Plan(
         layers=problem.dims.layers,
         pipelines=tuple(pipelines),

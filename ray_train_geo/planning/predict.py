@@ -22,7 +22,6 @@ from ray_train_geo.schedule.actions import Action
 from ray_train_geo.schedule.make import make_schedule
 from ray_train_geo.schedule.timeline import Timeline
 from ray_train_geo.simulation.engine import simulate
-from ray_train_geo.simulation.static_shares import shared_actions, with_static_shares
 from ray_train_geo.simulation.work import PipelineWork
 from ray_train_geo.spec import GradientSyncName, JobSpec, ScheduleName
 
@@ -35,10 +34,6 @@ __all__ = [
     "shard_weights",
 ]
 
-_MOST_SHARED_ACTIONS = 40_000
-"""Sharing NICs fairly takes some 15 to 45 us an action; 64 devices and 1,024 microbatches have
-16,000."""
-
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
@@ -48,14 +43,11 @@ class Prediction:
         timelines: of each pipeline, first forward to last action.
         synced_s: ``[pipelines][stages]``; when a stage has its summed gradients.
         step_s: all of it, optimizer and commit round included.
-        static_shares: flows had constant shares of NICs and uplinks: the plan is too large to
-            share them anew at every message.
     """
 
     timelines: tuple[Timeline, ...]
     synced_s: tuple[tuple[float, ...], ...]
     step_s: float
-    static_shares: bool = False
 
     @property
     def makespan_s(self) -> tuple[float, ...]:
@@ -106,11 +98,8 @@ def predict(
                 weight_s=None if weights is None else tuple(weights),
             )
         )
-    rates = resources.seconds_per_byte
-    static = shared_actions(work, rates) > _MOST_SHARED_ACTIONS
-    timelines = simulate(with_static_shares(work, rates), ()) if static else simulate(work, rates)
-
-    return _synced(problem, pipelines, gradient_sync, timelines, static)
+    timelines = simulate(work, resources.seconds_per_byte)
+    return _synced(problem, pipelines, gradient_sync, timelines)
 
 
 def resynced(
@@ -124,8 +113,7 @@ def resynced(
     Args:
         pipelines: those of ``prediction``, but for shards.
     """
-    timelines, static = prediction.timelines, prediction.static_shares
-    return _synced(problem, pipelines, gradient_sync, timelines, static)
+    return _synced(problem, pipelines, gradient_sync, prediction.timelines)
 
 
 def _synced(
@@ -133,7 +121,6 @@ def _synced(
     pipelines: Sequence[PipelinePlan],
     gradient_sync: GradientSyncName,
     timelines: tuple[Timeline, ...],
-    static: bool,
 ) -> Prediction:
     ends = [
         [t.end_s(s) for s in range(len(p.stages))]
@@ -144,7 +131,7 @@ def _synced(
         for t, p in zip(timelines, pipelines, strict=True)
     ]
     done, step_s = after_backwards(problem, pipelines, starts, ends, gradient_sync)
-    return Prediction(timelines, done, step_s, static)
+    return Prediction(timelines, done, step_s)
 
 
 def after_backwards(

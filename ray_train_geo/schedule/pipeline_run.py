@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from ray_train_geo.schedule.actions import Action, Kind
+from ray_train_geo.schedule.actions import Action
 
 __all__ = ["PipelineRun", "Wire"]
 
@@ -25,21 +25,15 @@ class Wire(Protocol):
     @property
     def latency_s(self) -> float: ...
 
-    def send(self, microbatch: int, ready_s: float) -> float | None:
-        """Take a message that exists from ``ready_s`` on.
-
-        Returns:
-            When it arrives; None if that depends on what else happens: whoever made the wire
-            then calls :meth:`PipelineRun.deliver`, and before it, where sends block,
-            :meth:`PipelineRun.resume`.
-        """
+    def send(self, ready_s: float) -> float:
+        """Take a message that exists from ``ready_s`` on; returns when it arrives."""
 
 
 class PipelineRun:
     """The stages of one pipeline, each as far in its schedule as its messages let it.
 
-    A stage runs ahead of all others until it needs a message that has no arrival time yet: when
-    an action starts depends on the stage's earlier actions and on arrivals, on nothing else.
+    A stage runs ahead of all others until it needs a message that was not sent yet: when an
+    action starts depends on the stage's earlier actions and on arrivals, on nothing else.
 
     ``starts_s[s][i]`` and ``ends_s[s][i]`` are of ``actions[s][i]``, as far as the stage has come.
 
@@ -93,8 +87,8 @@ class PipelineRun:
             ]
         self._down, self._up = down, up
         self._blocking_sends = blocking_sends
-        # When a stage can do its next action; None: not before its message has left.
-        self._free_s: list[float | None] = [0.0] * stages
+        # When a stage can do its next action.
+        self._free_s = [0.0] * stages
         # When the input of F (of B) on a stage arrives; None: not known yet.
         self._activations: list[list[float | None]] = [[None] * count for _ in range(stages)]
         self._gradients: list[list[float | None]] = [[None] * count for _ in range(stages)]
@@ -102,25 +96,11 @@ class PipelineRun:
         self.starts_s: list[list[float]] = [[] for _ in range(stages)]
         self.ends_s: list[list[float]] = [[] for _ in range(stages)]
 
-    def start(self) -> None:
-        """Let all stages run."""
-        self._run(list(reversed(range(len(self.actions)))))
-
-    def deliver(self, stage: int, kind: Kind, microbatch: int, arrival_s: float) -> None:
-        """Give a stage the input of one action, and let it (and whom it sends to) run on."""
-        inputs = self._activations if kind == "F" else self._gradients
-        inputs[stage][microbatch] = arrival_s
-        self._run([stage])
-
-    def resume(self, stage: int, left_s: float) -> None:
-        """Let a stage go on if it waits for its message to leave."""
-        if self._free_s[stage] is None:
-            self._free_s[stage] = left_s
-            self._run([stage])
-
-    def _run(self, stages: list[int]) -> None:
+    def run(self) -> None:
+        """Let all stages run, to the end or to where they wait for one another for ever."""
         # Whoever got a message is looked at (again).  The result does not depend on the order:
         # all messages of a hop are of one stage, in that stage's order.
+        stages = list(reversed(range(len(self.actions))))
         while stages:
             s = stages.pop()
             for neighbour in self._run_stage(s):
@@ -130,13 +110,11 @@ class PipelineRun:
     def _run_stage(self, s: int) -> list[int]:
         """Run a stage until it waits; returns the stages that got a message."""
         now = self._free_s[s]
-        if now is None:
-            return []
         todo, starts, ends = self.actions[s], self.starts_s[s], self.ends_s[s]
         activations, gradients = self._activations[s], self._gradients[s]
         compute_s, blocking = self._compute_s[s], self._blocking_sends
         last = s == len(self.actions) - 1
-        sent_down = sent_up = waiting = False
+        sent_down = sent_up = False
         for i in range(len(ends), len(todo)):
             action = todo[i]
             if action.kind == "W":
@@ -158,24 +136,17 @@ class PipelineRun:
                     gradients[m] = now
                     continue
                 wire = self._down[s]
-                arrival = wire.send(m, now)
-                if arrival is not None:
-                    self._activations[s + 1][m] = arrival
-                    sent_down = True
+                self._activations[s + 1][m] = arrival = wire.send(now)
+                sent_down = True
             elif s > 0:
                 wire = self._up[s - 1]
-                arrival = wire.send(m, now)
-                if arrival is not None:
-                    self._gradients[s - 1][m] = arrival
-                    sent_up = True
+                self._gradients[s - 1][m] = arrival = wire.send(now)
+                sent_up = True
             else:
                 continue
             if blocking:
-                if arrival is None:
-                    waiting = True
-                    break
                 now = arrival - wire.latency_s
-        self._free_s[s] = None if waiting else now
+        self._free_s[s] = now
         reached = []
         if sent_down:
             reached.append(s + 1)

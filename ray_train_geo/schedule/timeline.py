@@ -136,7 +136,7 @@ class PrivateWire:
         self._cold_s = hop.cold_s  # of the next message
         self._free_s = 0.0  # when it can take the next message
 
-    def send(self, microbatch: int, ready_s: float) -> float:
+    def send(self, ready_s: float) -> float:
         start = ready_s if ready_s > self._free_s else self._free_s
         self._free_s = start + self._transfer_s + self._cold_s
         self._cold_s = 0.0
@@ -179,5 +179,5 @@ def timeline(
         pace=pace,
         blocking_sends=blocking_sends,
     )
-    run.start()
+    run.run()
     return Timeline.of(run)

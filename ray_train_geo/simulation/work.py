@@ -70,3 +70,8 @@ class PipelineWork:
     pace: tuple[tuple[float, ...], ...] | None = None
     blocking_sends: bool = False
     weight_s: tuple[float, ...] | None = None
+
+    @property
+    def microbatches(self) -> int:
+        """How many messages each flow carries."""
+        return sum(a.kind == "F" for a in self.actions[0]) if self.actions else 0

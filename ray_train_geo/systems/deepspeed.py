@@ -30,20 +30,20 @@ def pipeline(case: Case) -> Outcome:
     hops = [pair for chain in grid for pair in pairwise(d for (d,) in chain)]
     rates = equal_shares(case.table, hops, figures.shared_nic_factor)
     slot_s = fill_s = compute_s = 0.0
-    for r, chain in enumerate(grid):
+    for p, chain in enumerate(grid):
         work = [
             sum(case.stage_s(rate * figures.compute_factor, count))
             for rate, count in zip(case.rates([d for (d,) in chain]), layers, strict=True)
         ]
-        mine = rates[r * (stages - 1) : (r + 1) * (stages - 1)]
-        messages = [figures.transfer_factor * case.message_bytes * per_byte for _, per_byte in mine]
+        mine = rates[p * (stages - 1) : (p + 1) * (stages - 1)]
+        messages = [figures.transfer_factor * case.message_bytes * r.per_byte for r in mine]
         compute_s = max(compute_s, microbatches * max(work))
         slot_s = max(slot_s, *work, *(2 * m for m in messages))
         fill_s = max(
             fill_s,
             sum(work)
             - max(work)
-            + sum(2 * (m + rate[0]) for m, rate in zip(messages, mine, strict=True)),
+            + sum(2 * (m + rate.latency_s) for m, rate in zip(messages, mine, strict=True)),
         )
     pipeline_s = microbatches * slot_s + fill_s
     groups = [[chain[s][0] for chain in grid] for s in range(stages)]

@@ -89,23 +89,16 @@ def _exchanges(case: Case, grid: Grid) -> list[list[Exchange]]:
         rates = equal_shares(case.table, here + beside, figures.shared_nic_factor)
         width = len(grid[0][0])
         for r in range(len(grid)):
-            mine = rates[r * width : (r + 1) * width]
-            pairs = here[r * width : (r + 1) * width]
-            found[r].append(_exchange(case, mine, pairs))
+            found[r].append(_exchange(case, rates[r * width : (r + 1) * width]))
     return found
 
 
-def _exchange(case: Case, rates: Sequence[Rate], pairs: Sequence[tuple[int, int]]) -> Exchange:
+def _exchange(case: Case, rates: Sequence[Rate]) -> Exchange:
     """Of one replica: each tensor-parallel rank sends its part of the message."""
     figures = case.constants.megatron
-    transfer_s = latency_s = 0.0
-    for (latency, per_byte), (a, b) in zip(rates, pairs, strict=True):
-        own = case.table.hop(a, b)[1]
-        # What shares a NIC is as fast as that; what has its link to itself, as its transport.
-        factor = figures.transfer_factor if per_byte <= own else 1.0
-        transfer_s = max(transfer_s, factor * per_byte * case.message_bytes / len(rates))
-        latency_s = max(latency_s, figures.latency_factor * latency)
-    return Exchange(transfer_s, latency_s)
+    per_byte = max(max(figures.transfer_factor * rate.link, rate.shared) for rate in rates)
+    latency_s = max(figures.latency_factor * rate.latency_s for rate in rates)
+    return Exchange(per_byte * case.message_bytes / len(rates), latency_s)
 
 
 def _tensor_s(case: Case, grid: Grid) -> list[list[float]]:
@@ -123,8 +116,8 @@ def _tensor_s(case: Case, grid: Grid) -> list[list[float]]:
                 continue
             part = 2 * (len(group) - 1) / len(group)
             inside = len({int(table.node[d]) for d in group}) == 1
-            per_byte = nvlink if inside else max(rate[1] for rate in mine)
-            around_s = 2 * sum(rate[0] for rate in mine)
+            per_byte = nvlink if inside else max(rate.per_byte for rate in mine)
+            around_s = 2 * sum(rate.latency_s for rate in mine)
             found[-1][s] = 2 * (part * per_byte * message + around_s)
     return found
 

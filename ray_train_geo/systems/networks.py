@@ -80,7 +80,8 @@ def single_pipeline_topology(
         for i in range(devices)
     )
     link = Link(latency_s, bandwidth_bytes_per_s * hardware.shaped_rate_factor)
-    no_limit = Uplink(math.inf, math.inf)
+    # As much as all of a device's links together: it never limits.
+    no_limit = Uplink(*[devices * link.bandwidth_bytes_per_s] * 2)
     return Topology(
         found,
         region_links={(region, region): link},

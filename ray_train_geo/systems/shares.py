@@ -4,13 +4,31 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ray_train_geo.planning.link_table import LinkTable
 
 __all__ = ["Rate", "equal_shares"]
 
-Rate = tuple[float, float]
-"""(latency_s, seconds_per_byte)."""
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """What a flow gets.
+
+    Args:
+        latency_s: one way.
+        link: seconds per byte of its own link.
+        shared: seconds per byte of its part of what it shares; 0 is no limit.
+    """
+
+    latency_s: float
+    link: float
+    shared: float
+
+    @property
+    def per_byte(self) -> float:
+        """Seconds; of the slower of both."""
+        return max(self.link, self.shared)
 
 
 def equal_shares(
@@ -31,15 +49,15 @@ def equal_shares(
             across[int(table.region[a]), int(table.region[b])] += 1
     rates = []
     for a, b in flows:
-        latency, per_byte = table.hop(a, b)
+        latency_s, link = table.hop(a, b)
         n, m = int(table.node[a]), int(table.node[b])
+        shared = 0.0
         if n != m:
             regions = int(table.region[a]), int(table.region[b])
-            per_byte = max(
-                per_byte,
+            shared = max(
                 out[n] * float(table.out_seconds_per_byte[n]) / (nic_factor if out[n] > 1 else 1),
                 into[m] * float(table.in_seconds_per_byte[m]) / (nic_factor if into[m] > 1 else 1),
                 across[regions] * float(table.uplink_seconds_per_byte[regions]),
             )
-        rates.append((latency, per_byte))
+        rates.append(Rate(latency_s, link, shared))
     return rates

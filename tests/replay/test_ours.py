@@ -62,7 +62,7 @@ def test_an_idle_device_may_go() -> None:
 
 
 def test_a_join_stops_nobody_for_long() -> None:
-    found = play("0+a 0+b 300+c")
+    found = play("0+a 0+b 300+c", job=REPLICAS)
     first, second = spans(found, "training")
     assert (first.devices, second.devices) == (2, 3)
     assert 304.0 < second.start_s < 310.0, "the worker starts, then receives, while others train"

@@ -37,7 +37,7 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_nodes_of_a_kind_share_a_plan(searches: list[int]) -> None:
     there = fleet("0+a 0+b 0+c 0+d 0+e", 9)
-    made = asked(there)
+    made = asked(there, small_job({"pipelines": 1}, global_batch=256))
     book = PlanBook(made)
     first, second = book.best("abc"), book.best("cde")
     assert searches == [3]

@@ -26,7 +26,7 @@ def test_a_link_of_its_own_is_what_the_engine_takes_it_for(
     for when_s in sorted(ready_s):
         turns = list(link.leave(size, when_s))
         assert turns == sorted(turns)
-        assert turns[-1] == pytest.approx(wire.send(0, when_s), rel=1e-9)
+        assert turns[-1] == pytest.approx(wire.send(when_s), rel=1e-9)
 
 
 @given(

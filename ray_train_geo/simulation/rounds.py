@@ -1,0 +1,167 @@
+"""How flows share NICs and uplinks: in rounds, so that a faster network never makes a step slower.
+
+All flows over a resource take turns.  A *round* is one message of a flow and, of every other flow,
+its part of the bytes of the step that goes with it; the resource needs ``every_s`` for one::
+
+    a b c . . . a b c . . . a b c          a: one of three equal flows
+    |---| every_s
+    |---------| compute_s, of the slowest stage: rounds are no closer
+
+    left[k] = max(ready[k] + transfer_s, left[k - 1] + every_s)
+    transfer_s = alone_s + (every_s - alone_s) / 2 * min(1, every_s / compute_s)
+
+So a flow's next message leaves no sooner than a round after its last.  A message that needs
+``alone_s`` if it meets nobody waits besides for half of the others on average, if the round is
+under way when it comes: always, or as often as the resource is busy.  And the last message is not
+through before the resource has carried all that goes over it since the first.
+
+In the long run a resource carries what it can and no more, shared by the bytes that flows have to
+send.  Nothing depends on when others send: all is a maximum of sums (a max-plus system: Baccelli
+et al., *Synchronization and Linearity*), whose terms fall with bandwidth and grow with latency.
+So does a step.  Under max-min fair sharing at every moment it does not: a message that comes
+sooner can come in the way of one that is urgent, as in Graham's anomalies (1969).
+
+Under GPipe all activations of a pipeline are through before its first gradient leaves: activations
+meet activations, and gradients meet gradients.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ray_train_geo.schedule.timeline import Hop
+from ray_train_geo.simulation.work import Flow, PipelineWork
+
+__all__ = ["SharedHop", "SharedWire", "shared_hops"]
+
+
+@dataclass(frozen=True, slots=True)
+class SharedHop:
+    """A directed hop over something that other flows use too.
+
+    Args:
+        transfer_s: from when a message is ready until it has left, if none is before it.
+        every_s: from one message to the next, at least.
+        messages: in the step.
+        cold_s: what the slow start of its connection adds to the first message.
+    """
+
+    latency_s: float
+    transfer_s: float
+    every_s: float
+    messages: int
+    cold_s: float
+
+
+class SharedWire:
+    """Carries the messages of a :class:`SharedHop`."""
+
+    __slots__ = ("_cold_s", "_done_s", "_every_s", "_free_s", "_left", "_transfer_s", "latency_s")
+
+    def __init__(self, hop: SharedHop) -> None:
+        self.latency_s = hop.latency_s
+        self._transfer_s, self._every_s = hop.transfer_s, hop.every_s
+        self._left, self._cold_s = hop.messages, hop.cold_s
+        self._free_s = -self._every_s  # when the next round could have begun, had there been one
+        self._done_s: float | None = None  # when the last message can have left, of all
+
+    def send(self, ready_s: float) -> float:
+        """Take a message that exists from ``ready_s`` on; returns when it arrives."""
+        if self._done_s is None:
+            self._done_s = ready_s + self._left * self._every_s
+        self._left -= 1
+        left_s = max(ready_s + self._transfer_s, self._free_s + self._every_s)
+        if not self._left:
+            left_s = max(left_s, self._done_s)
+        self._free_s = left_s = left_s + self._cold_s
+        self._cold_s = 0.0
+        return left_s + self.latency_s
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """Bytes of the step over one resource: of activations and gradients of pipelines whose
+    activations are all through first, and of all others.
+
+    Args:
+        apart: some pipeline sends both over it, one after the other.
+    """
+
+    down: float = 0.0
+    up: float = 0.0
+    mixed: float = 0.0
+    apart: bool = False
+
+    def met(self, way: int, in_phases: bool) -> float:
+        """What a flow shares the resource with, itself included."""
+        if in_phases and self.apart:
+            return (self.up if way else self.down) + self.mixed
+        return self.down + self.up + self.mixed
+
+    def __add__(self, other: _Load) -> _Load:
+        return _Load(
+            self.down + other.down,
+            self.up + other.up,
+            self.mixed + other.mixed,
+            self.apart or other.apart,
+        )
+
+
+def shared_hops(
+    pipelines: Sequence[PipelineWork], seconds_per_byte: Sequence[float]
+) -> list[tuple[tuple[Hop | SharedHop, ...], tuple[Hop | SharedHop, ...]]]:
+    """What each flow takes among the others: ``[pipelines]``; hops down, and hops up.
+
+    Args:
+        seconds_per_byte: ``[resources]``; what the flows' ``resources`` number; 0 is no limit.
+    """
+    loads: defaultdict[int, _Load] = defaultdict(_Load)
+    phases = [_in_phases(p) for p in pipelines]
+    for p, in_phases in zip(pipelines, phases, strict=True):
+        own: defaultdict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for way, flows in enumerate((p.down, p.up)):
+            for flow in flows:
+                for r in flow.resources:
+                    own[r][way] += p.microbatches * flow.size_bytes
+        for r, (down, up) in own.items():
+            both = down > 0 and up > 0
+            loads[r] += _Load(down, up, 0.0, both) if in_phases else _Load(mixed=down + up)
+
+    def hop(flow: Flow, way: int, p: PipelineWork, in_phases: bool) -> Hop | SharedHop:
+        per_byte = [float(seconds_per_byte[r]) for r in flow.resources]
+        alone_s = flow.size_bytes * max(flow.seconds_per_byte, *per_byte, 0.0)
+        busy = (
+            loads[r].met(way, in_phases) * s for r, s in zip(flow.resources, per_byte, strict=True)
+        )
+        every_s = max(busy, default=0.0) / p.microbatches if flow.size_bytes else 0.0
+        if every_s <= alone_s:
+            return Hop(flow.latency_s, alone_s, flow.cold_s)
+        # every_s is above 0; who computes for no time finds the resource busy.
+        met = every_s / max(every_s, _compute_s(p, way if in_phases else None))
+        transfer_s = alone_s + (every_s - alone_s) / 2 * met
+        return SharedHop(flow.latency_s, transfer_s, every_s, p.microbatches, flow.cold_s)
+
+    return [
+        (
+            tuple(hop(flow, 0, p, in_phases) for flow in p.down),
+            tuple(hop(flow, 1, p, in_phases) for flow in p.up),
+        )
+        for p, in_phases in zip(pipelines, phases, strict=True)
+    ]
+
+
+def _in_phases(pipeline: PipelineWork) -> bool:
+    """Whether the last stage runs all its forwards before its first backward."""
+    kinds = [a.kind for a in pipeline.actions[-1]]
+    return "F" not in kinds[kinds.index("B") :] if "B" in kinds else False
+
+
+def _compute_s(pipeline: PipelineWork, way: int | None) -> float:
+    """Of one microbatch, on the slowest stage: forwards (0), backwards (1), or all of it."""
+    weight_s = pipeline.weight_s or (0.0,) * len(pipeline.backward_s)
+    backward_s = [b + w for b, w in zip(pipeline.backward_s, weight_s, strict=True)]
+    if way is None:
+        return max(f + b for f, b in zip(pipeline.forward_s, backward_s, strict=True))
+    return max(backward_s if way else pipeline.forward_s)
