@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from ray_train_geo.planning.certify_sync import (
     within_nodes,
 )
 from ray_train_geo.planning.certify_time import Tail, chains_in_time
+from ray_train_geo.planning.certify_visits import VisitChains
 from ray_train_geo.planning.codecs import wire_bytes
 from ray_train_geo.planning.cost import lower_bound_s
 from ray_train_geo.planning.link_table import Floats, Ints, LinkTable
@@ -232,7 +234,6 @@ class CaseSearch:
         if not asked.any():
             return False
         fewest = self.fewest[asked]
-        fewest = self.fewest[asked]
         number, within = self._reach(case.sync).islands(self._message_s(time_s, fewest))
         if not len(number):
             return False
@@ -246,11 +247,12 @@ class CaseSearch:
             ]
         )
         index = self.table.site[[group[0] for group in classes.devices]]
+        microbatches = fewest[number]
         chains = chains_in_time(
             self.problem,
             classes,
             np.full(len(number), time_s),
-            fewest[number],
+            microbatches,
             case.tail,
             first_layers=(self.first_layers[0][asked][number], self.first_layers[1][asked][number]),
             allowed=within[:, index],
@@ -259,8 +261,23 @@ class CaseSearch:
         worth = self.most[asked][number].astype(float)
         job, options = self.problem.job, self.problem.options
         fewest, most = case.pipelines
-        limits = Limits(most, fewest, job.scaling.max_devices, options.max_dollars_per_hour)
-        return can_reach(self.total, worth, chains, classes, limits)
+        nics = self._nic_messages(time_s, classes)
+        limits = Limits(most, fewest, job.scaling.max_devices, options.max_dollars_per_hour, nics)
+        if np.isinf(nics).all():
+            return can_reach(self.total, worth, chains, classes, limits)
+        longest = np.where(np.isfinite(nics), classes.node_size, 1)
+        visits = partial(VisitChains, chains, longest, microbatches)
+        return can_reach(self.total, worth, chains, classes, limits, visits)
+
+    def _nic_messages(self, time_s: float, classes: DeviceClasses) -> Floats:
+        """``[classes]``; messages each way that all NICs of its nodes have time for.
+
+        Infinite where devices of a node share nothing, or only some are of the class.
+        """
+        each_s = self.message_bytes * classes.nic_seconds_per_byte[:, 0]
+        shared = classes.pure & (classes.node_size > 1) & (each_s > 0)
+        nodes = classes.count / classes.node_size
+        return np.where(shared, nodes * time_s / np.where(shared, each_s, 1.0), np.inf)
 
     def _message_s(self, time_s: float, microbatches: Ints) -> Floats:
         """Most that a message may take over a hop: the last has all others before it.

@@ -36,7 +36,7 @@ from ray_train_geo.model.catalog import (
     head_parameters,
     layer_parameters,
 )
-from ray_train_geo.planning.certify_chains import Chains, DeviceClasses
+from ray_train_geo.planning.certify_chains import Chains, DeviceClasses, NicRoom
 from ray_train_geo.planning.certify_nics import node_share
 from ray_train_geo.planning.certify_sync import GroupFloor
 from ray_train_geo.planning.link_table import Floats, Ints
@@ -152,6 +152,16 @@ def chains_in_time(
         found = np.where(sides * crossing_s <= left_s * (1 + _SLACK), found, 0)
         return found if allowed is None else np.where(allowed[:, None, :], found, 0)
 
+    room = None
+    if not lasting and tail.mode is not None:
+        after_s = left_s - down_s
+        per_layer = problem.gradient_bytes * _nic_seconds_per_byte(classes, tail)[0]
+        room = NicRoom(
+            inner.nic_room(many, after_s),
+            last.nic_room(many, after_s),
+            per_layer * layer_parameters(problem.dims) * (not problem.may_split),
+        )
+
     nothing, anywhere = slice(0, 1), slice(None)
     tables = (
         np.minimum(most(first, nothing, memory[0], exposed_s, 1), highest),
@@ -159,7 +169,7 @@ def chains_in_time(
         most(last, anywhere, memory[2], exposed_s, 1),
         most(only, nothing, memory[3], np.zeros((1, 1, 1)), 0),
     )
-    return _as_the_job_says(problem, tables)
+    return _as_the_job_says(problem, tables, room)
 
 
 def _held(problem: Problem, many: Ints, below_s: Floats, left_s: Floats, lasting: bool) -> Ints:
@@ -194,7 +204,9 @@ def _memory(
     return first[which[:, :1]], inner[which[:, :-1]], last[which[:, -1:]], only[which[:, -1:]]
 
 
-def _as_the_job_says(problem: Problem, tables: tuple[Ints, Ints, Ints, Ints]) -> Chains:
+def _as_the_job_says(
+    problem: Problem, tables: tuple[Ints, Ints, Ints, Ints], room: NicRoom | None
+) -> Chains:
     """With the depth, or the boundaries, that the job fixes for all pipelines."""
     first, inner, last, only = tables
     layers, cuts = problem.dims.layers, problem.job.stage_boundaries()
@@ -209,7 +221,7 @@ def _as_the_job_says(problem: Problem, tables: tuple[Ints, Ints, Ints, Ints]) ->
         inner = np.where(inner >= exactly, exactly, 0)
         final = (exactly > 0) & (np.arange(layers)[None, :, None] + exactly == layers)
         last = np.where(final, last, 0)
-    return Chains(layers, first[:, 0], inner, last, only[:, 0], depth)
+    return Chains(layers, first[:, 0], inner, last, only[:, 0], depth, room)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -286,6 +298,11 @@ class _Stage:
             found = np.minimum(found, room_s / (many * self.work_s[1] + per_layer))
         whole: Ints = np.clip(np.floor(found * (1 + _SLACK) + _SLACK), 0, _MANY).astype(np.int64)
         return whole
+
+    def nic_room(self, many: Ints, left_s: Floats) -> tuple[Floats, Floats]:
+        """``[n, layers above, classes]`` each; time on NICs, and what a layer takes of it."""
+        constant, per_layer = self._after_backward(self.nic_s)
+        return left_s - many * self.work_s[0] - constant, many * self.work_s[1] + per_layer
 
     def exposed_s(self, fewest: Floats, highest: Floats) -> Floats:
         """``[n, 1, 1]``; the least that comes after the last backward, of so many layers."""
