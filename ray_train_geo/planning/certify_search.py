@@ -15,7 +15,7 @@ from ray_train_geo.planning.certify_cuts import layer_sync_s, least_s, region_cu
 from ray_train_geo.planning.certify_nics import busiest_nic_s
 from ray_train_geo.planning.certify_numbers import Numbers, OutOfTimeError
 from ray_train_geo.planning.certify_packing import Limits, can_reach
-from ray_train_geo.planning.certify_ranges import microbatch_ranges
+from ray_train_geo.planning.certify_ranges import first_stage_ranges, microbatch_ranges
 from ray_train_geo.planning.certify_reach import Reach
 from ray_train_geo.planning.certify_sync import (
     GroupFloor,
@@ -38,8 +38,6 @@ __all__ = ["FOR_EVER_S", "TOLERANCE", "CaseSearch"]
 
 TOLERANCE = 1e-3
 """Relative, of the bisection."""
-_FIRST_LAYERS = (1, 1), (2, 2), (3, 4), (5, 1 << 20)
-"""Ranges that a first stage's layers are looked at in: what they sync comes after all else."""
 _MOST_DEVICES_IN_DETAIL = 256
 """With more, first stages are not told apart by their layers: it would take too long."""
 _MOST_CLASSES = 8
@@ -94,12 +92,10 @@ class CaseSearch:
         self.hop_merges = components(self.hops_s)
         self.hop_s = self._cheapest_hop_s(latency + transfer)
         fewest, most = microbatch_ranges(self.total, problem.job.parallelism.microbatches)
-        first = [r for r in _FIRST_LAYERS if r[0] <= problem.dims.layers]
-        if len(self.table.devices) > _MOST_DEVICES_IN_DETAIL:
-            first = [(1, problem.dims.layers)]
-        self.fewest, self.most = np.tile(fewest, len(first)), np.tile(most, len(first))
-        lowest, highest = np.repeat(np.array(first), len(fewest), axis=0).T
-        self.first_layers = lowest, highest
+        self.fewest, self.most = fewest, most
+        ranges = first_stage_ranges(problem.dims.layers)
+        self.firsts = [(layers, local) for layers in ranges for local in (False, True)]
+        self.in_detail = len(self.table.devices) <= _MOST_DEVICES_IN_DETAIL
         self.layer_s = float(self.classes.layer_s.sum(axis=1).min())  # on the fastest device
         self.shallowest = self._shallowest()
         self._makeup = _makeup(self.classes, len(self.table.latency_s))
@@ -229,8 +225,28 @@ class CaseSearch:
             raise OutOfTimeError
         if time_s < case.at_least_s:
             return False
-        # What no first stage has time for is no question.
-        asked = self.fewest * self.first_layers[0] * self.layer_s <= time_s * (1 + 1e-9)
+        if not self._may_step_in(time_s, case, (1, self.problem.dims.layers)):
+            return False
+        if self.problem.may_split or not self.in_detail:
+            return True
+        for i, (largest, local) in enumerate(self.firsts):
+            if self._may_step_in(time_s, case, largest, local):
+                # Next time, too, it may be the one.
+                self.firsts.insert(0, self.firsts.pop(i))
+                return True
+        return False
+
+    def _may_step_in(
+        self,
+        time_s: float,
+        case: Case,
+        largest_first: tuple[int, int],
+        first_local: bool | None = None,
+    ) -> bool:
+        """Of plans whose largest first stage has so many layers, and a cheap group or not."""
+        if self.layer_s * largest_first[0] > time_s * (1 + 1e-9):
+            return False
+        asked = self.fewest * self.layer_s <= time_s * (1 + 1e-9)
         if not asked.any():
             return False
         fewest = self.fewest[asked]
@@ -254,7 +270,8 @@ class CaseSearch:
             np.full(len(number), time_s),
             microbatches,
             case.tail,
-            first_layers=(self.first_layers[0][asked][number], self.first_layers[1][asked][number]),
+            largest_first=largest_first,
+            first_local=first_local,
             allowed=within[:, index],
             beyond=~inside[index],
         )
