@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from ray_train_geo.planning.certify_cuts import layer_sync_s, least_s, region_cu
 from ray_train_geo.planning.certify_nics import busiest_nic_s
 from ray_train_geo.planning.certify_numbers import Numbers, OutOfTimeError
 from ray_train_geo.planning.certify_packing import Limits, can_reach
-from ray_train_geo.planning.certify_ranges import microbatch_ranges
+from ray_train_geo.planning.certify_ranges import first_stage_ranges, microbatch_ranges
 from ray_train_geo.planning.certify_reach import Reach
 from ray_train_geo.planning.certify_sync import (
     GroupFloor,
@@ -26,6 +27,7 @@ from ray_train_geo.planning.certify_sync import (
     within_nodes,
 )
 from ray_train_geo.planning.certify_time import Tail, chains_in_time
+from ray_train_geo.planning.certify_visits import VisitChains
 from ray_train_geo.planning.codecs import wire_bytes
 from ray_train_geo.planning.cost import lower_bound_s
 from ray_train_geo.planning.link_table import Floats, Ints, LinkTable
@@ -36,8 +38,6 @@ __all__ = ["FOR_EVER_S", "TOLERANCE", "CaseSearch"]
 
 TOLERANCE = 1e-3
 """Relative, of the bisection."""
-_FIRST_LAYERS = (1, 1), (2, 2), (3, 4), (5, 1 << 20)
-"""Ranges that a first stage's layers are looked at in: what they sync comes after all else."""
 _MOST_DEVICES_IN_DETAIL = 256
 """With more, first stages are not told apart by their layers: it would take too long."""
 _MOST_CLASSES = 8
@@ -92,12 +92,10 @@ class CaseSearch:
         self.hop_merges = components(self.hops_s)
         self.hop_s = self._cheapest_hop_s(latency + transfer)
         fewest, most = microbatch_ranges(self.total, problem.job.parallelism.microbatches)
-        first = [r for r in _FIRST_LAYERS if r[0] <= problem.dims.layers]
-        if len(self.table.devices) > _MOST_DEVICES_IN_DETAIL:
-            first = [(1, problem.dims.layers)]
-        self.fewest, self.most = np.tile(fewest, len(first)), np.tile(most, len(first))
-        lowest, highest = np.repeat(np.array(first), len(fewest), axis=0).T
-        self.first_layers = lowest, highest
+        self.fewest, self.most = fewest, most
+        ranges = first_stage_ranges(problem.dims.layers)
+        self.firsts = [(layers, local) for layers in ranges for local in (False, True)]
+        self.in_detail = len(self.table.devices) <= _MOST_DEVICES_IN_DETAIL
         self.layer_s = float(self.classes.layer_s.sum(axis=1).min())  # on the fastest device
         self.shallowest = self._shallowest()
         self._makeup = _makeup(self.classes, len(self.table.latency_s))
@@ -227,11 +225,30 @@ class CaseSearch:
             raise OutOfTimeError
         if time_s < case.at_least_s:
             return False
-        # What no first stage has time for is no question.
-        asked = self.fewest * self.first_layers[0] * self.layer_s <= time_s * (1 + 1e-9)
+        if not self._may_step_in(time_s, case, (1, self.problem.dims.layers)):
+            return False
+        if self.problem.may_split or not self.in_detail:
+            return True
+        for i, (largest, local) in enumerate(self.firsts):
+            if self._may_step_in(time_s, case, largest, local):
+                # Next time, too, it may be the one.
+                self.firsts.insert(0, self.firsts.pop(i))
+                return True
+        return False
+
+    def _may_step_in(
+        self,
+        time_s: float,
+        case: Case,
+        largest_first: tuple[int, int],
+        first_local: bool | None = None,
+    ) -> bool:
+        """Of plans whose largest first stage has so many layers, and a cheap group or not."""
+        if self.layer_s * largest_first[0] > time_s * (1 + 1e-9):
+            return False
+        asked = self.fewest * self.layer_s <= time_s * (1 + 1e-9)
         if not asked.any():
             return False
-        fewest = self.fewest[asked]
         fewest = self.fewest[asked]
         number, within = self._reach(case.sync).islands(self._message_s(time_s, fewest))
         if not len(number):
@@ -246,21 +263,38 @@ class CaseSearch:
             ]
         )
         index = self.table.site[[group[0] for group in classes.devices]]
+        microbatches = fewest[number]
         chains = chains_in_time(
             self.problem,
             classes,
             np.full(len(number), time_s),
-            fewest[number],
+            microbatches,
             case.tail,
-            first_layers=(self.first_layers[0][asked][number], self.first_layers[1][asked][number]),
+            largest_first=largest_first,
+            first_local=first_local,
             allowed=within[:, index],
             beyond=~inside[index],
         )
         worth = self.most[asked][number].astype(float)
         job, options = self.problem.job, self.problem.options
         fewest, most = case.pipelines
-        limits = Limits(most, fewest, job.scaling.max_devices, options.max_dollars_per_hour)
-        return can_reach(self.total, worth, chains, classes, limits)
+        nics = self._nic_messages(time_s, classes)
+        limits = Limits(most, fewest, job.scaling.max_devices, options.max_dollars_per_hour, nics)
+        if np.isinf(nics).all():
+            return can_reach(self.total, worth, chains, classes, limits)
+        longest = np.where(np.isfinite(nics), classes.node_size, 1)
+        visits = partial(VisitChains, chains, longest, microbatches)
+        return can_reach(self.total, worth, chains, classes, limits, visits)
+
+    def _nic_messages(self, time_s: float, classes: DeviceClasses) -> Floats:
+        """``[classes]``; messages each way that all NICs of its nodes have time for.
+
+        Infinite where devices of a node share nothing, or only some are of the class.
+        """
+        each_s = self.message_bytes * classes.nic_seconds_per_byte[:, 0]
+        shared = classes.pure & (classes.node_size > 1) & (each_s > 0)
+        nodes = classes.count / classes.node_size
+        return np.where(shared, nodes * time_s / np.where(shared, each_s, 1.0), np.inf)
 
     def _message_s(self, time_s: float, microbatches: Ints) -> Floats:
         """Most that a message may take over a hop: the last has all others before it.

@@ -36,7 +36,7 @@ from ray_train_geo.model.catalog import (
     head_parameters,
     layer_parameters,
 )
-from ray_train_geo.planning.certify_chains import Chains, DeviceClasses
+from ray_train_geo.planning.certify_chains import Chains, DeviceClasses, NicRoom
 from ray_train_geo.planning.certify_nics import node_share
 from ray_train_geo.planning.certify_sync import GroupFloor
 from ray_train_geo.planning.link_table import Floats, Ints
@@ -88,7 +88,8 @@ def chains_in_time(
     microbatches: Ints,
     tail: Tail,
     *,
-    first_layers: tuple[Ints, Ints] | None = None,
+    largest_first: tuple[int, int] | None = None,
+    first_local: bool | None = None,
     allowed: Bools | None = None,
     beyond: Bools | None = None,
     lasting: bool = False,
@@ -97,7 +98,8 @@ def chains_in_time(
 
     Args:
         time_s, microbatches: ``[n]``.
-        first_layers: ``[n]`` each; fewest and most of a first stage.
+        largest_first: fewest and most layers of the plan's largest first stage.
+        first_local: whether the first layer's group is a cheap one; None: it may be.
         allowed: ``[n, classes]``; devices that may be used at all.
         beyond: ``[classes]``; whose layers' groups take ``tail.beyond``.
         lasting: only limits for which the least time of a chain divided by ``m`` does not grow
@@ -110,23 +112,33 @@ def chains_in_time(
     alone = classes.most_layers(problem, 1, tail.members)
     fastest = classes.layer_s[classes.layer_s.sum(axis=1).argmin()]
     far = np.zeros(len(classes.count), dtype=bool) if beyond is None else beyond
-    first, inner, last, only = (
-        _Stage.of(problem, classes, tail, far, first, last)
-        for first, last in ((True, False), (False, False), (False, True), (True, True))
-    )
+
+    def stages(far: Bools) -> list[_Stage]:
+        return [
+            _Stage.of(problem, classes, tail, far, first, last)
+            for first, last in ((True, False), (False, False), (False, True), (True, True))
+        ]
+
+    # Layers on devices that could be in cheap groups may be in others all the same.
+    either = [stages(far)]
+    if tail.groups.nic_seconds_per_byte > tail.beyond.nic_seconds_per_byte:
+        either.append(stages(np.ones_like(far)))
+    firsts = either
+    if first_local is not None:
+        firsts = [stages(far)] if first_local else [stages(np.ones_like(far))]
+    _, inner, last, _ = either[0]
 
     longest = np.floor(left_s / (many * inner.work_s[1]) * (1 + _SLACK) + _SLACK)
-    longest = np.minimum(longest, np.maximum(alone[0], alone[1]))
-    longest = np.clip(longest.max(axis=2), 1, layers)
-    longest = longest.astype(np.int64)[:, :, None]
+    of_class = np.minimum(longest, np.maximum(alone[0], alone[1])).astype(np.int64)
+    longest = np.clip(of_class.max(axis=2, keepdims=True), 1, layers)
     hops = np.ceil(above / longest)
     down_s = above * fastest[0] + hops * tail.hop_s[0]
     round_s = down_s if problem.may_split else above * fastest.sum() + hops * tail.hop_s[1]
-    fewest, highest = np.ones_like(longest), longest
-    if first_layers is not None:
-        fewest = np.minimum(first_layers[0][:, None, None], longest)
-        highest = np.minimum(first_layers[1][:, None, None], longest)
-    exposed_s = first.exposed_s(fewest, highest) * (not problem.may_split)
+    fewest, highest = largest_first or (1, layers)
+    exposed_s = np.minimum.reduce(
+        [s[0].exposed_s(fewest, np.minimum(highest, of_class)) for s in firsts]
+    )
+    exposed_s = exposed_s * (not problem.may_split)
 
     # A backward without W is no shorter than a forward.
     backward = fastest[0] if problem.may_split else fastest[1]
@@ -140,26 +152,39 @@ def chains_in_time(
     single = np.where(classes.node_size == 1, classes.nic_seconds_per_byte[:, 0], 0.0)
     crossing_s = many * tail.message_bytes * single
 
-    def most(stage: _Stage, behind: slice, memory: Ints, exposed_s: Floats, sides: int) -> Ints:
-        found = stage.most_layers(
-            many,
+    def most(of: int, behind: slice, memory: Ints, exposed_s: Floats, sides: int) -> Ints:
+        left = (
             left_s - round_s[:, behind] - exposed_s,
             left_s - down_s[:, behind],
             above_cut_s[:, behind],
-            lasting,
         )
+        on_first = of in (0, 3)
+        options = firsts if on_first else either
+        found = np.maximum.reduce([s[of].most_layers(many, *left, lasting) for s in options])
         found = np.minimum(found, memory)
+        if on_first and first_local:
+            found = np.where(far, 0, found)
         found = np.where(sides * crossing_s <= left_s * (1 + _SLACK), found, 0)
         return found if allowed is None else np.where(allowed[:, None, :], found, 0)
 
+    room = None
+    if not lasting and tail.mode is not None:
+        after_s = left_s - down_s
+        per_layer = problem.gradient_bytes * _nic_seconds_per_byte(classes, tail)[0]
+        room = NicRoom(
+            inner.nic_room(many, after_s),
+            last.nic_room(many, after_s),
+            per_layer * layer_parameters(problem.dims) * (not problem.may_split),
+        )
+
     nothing, anywhere = slice(0, 1), slice(None)
     tables = (
-        np.minimum(most(first, nothing, memory[0], exposed_s, 1), highest),
-        most(inner, anywhere, memory[1], exposed_s, 2),
-        most(last, anywhere, memory[2], exposed_s, 1),
-        most(only, nothing, memory[3], np.zeros((1, 1, 1)), 0),
+        np.minimum(most(0, nothing, memory[0], exposed_s, 1), highest),
+        most(1, anywhere, memory[1], exposed_s, 2),
+        most(2, anywhere, memory[2], exposed_s, 1),
+        most(3, nothing, memory[3], np.zeros((1, 1, 1)), 0),
     )
-    return _as_the_job_says(problem, tables)
+    return _as_the_job_says(problem, tables, room)
 
 
 def _held(problem: Problem, many: Ints, below_s: Floats, left_s: Floats, lasting: bool) -> Ints:
@@ -194,7 +219,9 @@ def _memory(
     return first[which[:, :1]], inner[which[:, :-1]], last[which[:, -1:]], only[which[:, -1:]]
 
 
-def _as_the_job_says(problem: Problem, tables: tuple[Ints, Ints, Ints, Ints]) -> Chains:
+def _as_the_job_says(
+    problem: Problem, tables: tuple[Ints, Ints, Ints, Ints], room: NicRoom | None
+) -> Chains:
     """With the depth, or the boundaries, that the job fixes for all pipelines."""
     first, inner, last, only = tables
     layers, cuts = problem.dims.layers, problem.job.stage_boundaries()
@@ -209,7 +236,7 @@ def _as_the_job_says(problem: Problem, tables: tuple[Ints, Ints, Ints, Ints]) ->
         inner = np.where(inner >= exactly, exactly, 0)
         final = (exactly > 0) & (np.arange(layers)[None, :, None] + exactly == layers)
         last = np.where(final, last, 0)
-    return Chains(layers, first[:, 0], inner, last, only[:, 0], depth)
+    return Chains(layers, first[:, 0], inner, last, only[:, 0], depth, room)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -217,6 +244,7 @@ class _Stage:
     """What a stage takes, ``[classes]``: (without any layer, for each layer).
 
     Args:
+        packed_s: on some NIC, of all nodes that groups are on.
         tied_nic_s: that some NIC is busy with a tied token matrix and the first layer.
     """
 
@@ -225,6 +253,7 @@ class _Stage:
     optimizer_s: tuple[Floats, Floats]
     sync_s: tuple[Floats, Floats]
     nic_s: tuple[Floats, Floats]
+    packed_s: tuple[Floats, Floats]
     cut_s: tuple[Floats, Floats]
     tied_nic_s: float
 
@@ -249,6 +278,9 @@ class _Stage:
         per_parameter = problem.gradient_bytes * per_byte
         share, tied_share = _nic_seconds_per_byte(classes, tail)
         none = np.zeros(len(classes.count))
+        packed = problem.gradient_bytes * np.where(
+            beyond, far.nic_seconds_per_byte, groups.nic_seconds_per_byte
+        )
         return cls(
             work_s=(ends.sum(axis=1), classes.layer_s.sum(axis=1)),
             backward_s=(ends[:, 1], classes.layer_s[:, 1]),
@@ -265,6 +297,7 @@ class _Stage:
                 problem.gradient_bytes * share * layer,
             ),
             cut_s=(none, none + tail.cut_s),
+            packed_s=(packed * extra, packed * layer),
             tied_nic_s=shares_tokens * tail.tied_nic_s,
         )
 
@@ -280,6 +313,8 @@ class _Stage:
         after = [(self.optimizer_s, down_left_s)]
         if not lasting:
             after += [(self._after_backward(s), down_left_s) for s in (self.sync_s, self.nic_s)]
+            unpacked = self.packed_s[0] - self.backward_s[0], self.packed_s[1] - self.backward_s[1]
+            after.append((unpacked, down_left_s))
             after.append((self._after_backward(self.cut_s), down_left_s - cut_s))
         for (constant, per_layer), left_s in after:
             room_s = left_s - many * self.work_s[0] - constant
@@ -287,18 +322,28 @@ class _Stage:
         whole: Ints = np.clip(np.floor(found * (1 + _SLACK) + _SLACK), 0, _MANY).astype(np.int64)
         return whole
 
-    def exposed_s(self, fewest: Floats, highest: Floats) -> Floats:
-        """``[n, 1, 1]``; the least that comes after the last backward, of so many layers."""
-        backward_s = self.backward_s
-        ends = [(self.optimizer_s[0], self.optimizer_s[1])]
-        ends += [self._after_backward(s) for s in (self.sync_s, self.nic_s)]
-        ends.append((self.tied_nic_s - backward_s[0], -backward_s[1]))
-        least = np.zeros(1)
-        for constant, per_layer in ends:
-            either = np.minimum(constant + per_layer * fewest, constant + per_layer * highest)
-            least = np.maximum(least, either)
-        found: Floats = least.min(axis=2, keepdims=True)
-        return found
+    def nic_room(self, many: Ints, left_s: Floats) -> tuple[Floats, Floats]:
+        """``[n, layers above, classes]`` each; time on NICs, and what a layer takes of it."""
+        constant, per_layer = self._after_backward(self.nic_s)
+        return left_s - many * self.work_s[0] - constant, many * self.work_s[1] + per_layer
+
+    def exposed_s(self, largest: int, highest: Ints) -> Floats:
+        """``[n, 1, 1]``; the least that comes after the last backward of any first stage.
+
+        Groups of the first layer start with the last of all backwards of first stages.
+
+        Args:
+            largest: layers of one of them at least.
+            highest: ``[n, 1, classes]``; layers of any of them at most.
+        """
+        backward_s = (self.backward_s[0] + self.backward_s[1] * highest).max(axis=2, keepdims=True)
+        least = self.optimizer_s[0] + self.optimizer_s[1]
+        # A worker sums its groups from the last of their starts; a NIC those that start by then.
+        for (constant, per_layer), layers in ((self.sync_s, largest), (self.nic_s, 1)):
+            after_s = constant + self.optimizer_s[0] + (per_layer + self.optimizer_s[1]) * layers
+            least = np.maximum(least, after_s - backward_s)
+        found: Floats = np.maximum(least, self.tied_nic_s - backward_s)
+        return found.min(axis=2, keepdims=True)
 
     def _after_backward(self, sync: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
         """Sync and update, less the last backward that they start with."""
