@@ -32,7 +32,7 @@ from ray_train_geo.planning.plan import Plan
 from ray_train_geo.training.buckets import holders_of
 from ray_train_geo.training.memory import Memory, Snapshot
 from ray_train_geo.training.residuals import RESIDUAL
-from ray_train_geo.transport.state_stream import Address, push
+from ray_train_geo.transport.state_stream import Address, Streams
 
 __all__ = ["Copier", "CopyDuty", "copy_duties", "copy_interval", "spare_keepers"]
 
@@ -154,6 +154,7 @@ class Copier:
     Args:
         duty: None: there is nothing to copy, and copies of earlier generations are let go.
         peer: the state server of ``duty.peer``.
+        streams: of this generation.
         snapshot: the worker's whole state as it is now, copied to the CPU.
         spares_to: the state server of who gets a copy of its residuals after each step.
         spares: these residuals as they are now, copied to the CPU.
@@ -163,7 +164,7 @@ class Copier:
         self,
         duty: CopyDuty | None,
         peer: Address | None,
-        generation: int,
+        streams: Streams,
         memory: Memory,
         snapshot: Callable[[], Snapshot],
         deadline_s: float,
@@ -174,7 +175,7 @@ class Copier:
         self._spares_to = spares_to
         self._spares = spares
         self._peer = peer
-        self._generation = generation
+        self._streams = streams
         self._memory = memory
         self._snapshot = snapshot
         self._deadline_s = deadline_s
@@ -243,7 +244,5 @@ class Copier:
 
     def _push(self, peer: Address, copy: Snapshot, tensors: Mapping[str, torch.Tensor]) -> None:
         self._pushing.append(
-            self._pusher.submit(
-                push, peer, self._generation, copy.step, copy.facts(), tensors, self._deadline_s
-            )
+            self._pusher.submit(self._streams.push, peer, copy.step, copy.facts(), tensors)
         )

@@ -23,7 +23,7 @@ from ray_train_geo.training.outer import OUTER_MOMENTUM, OUTER_TOKENS
 from ray_train_geo.training.precision import LossScale
 from ray_train_geo.training.residuals import RESIDUAL, saved_residuals, spare_name
 from ray_train_geo.training.state import BEHIND, StageState
-from ray_train_geo.transport.state_stream import Address, fetch_all
+from ray_train_geo.transport.state_stream import Address, Streams
 
 __all__ = ["Inheritance", "inherit"]
 
@@ -42,10 +42,15 @@ class Inheritance(NamedTuple):
     seconds: float
 
 
-def inherit(assignment: Assignment, device: torch.device, memory: Memory) -> Inheritance:
+def inherit(
+    assignment: Assignment, device: torch.device, memory: Memory, streams: Streams
+) -> Inheritance:
     """Build the stage of ``assignment`` on ``device``, with its state.
 
     A stage that is handed over also becomes what ``memory`` holds live.
+
+    Args:
+        streams: what peers give comes through; an abort ends them.
 
     Raises:
         CheckpointError: the checkpoint can't be read.
@@ -87,7 +92,7 @@ def inherit(assignment: Assignment, device: torch.device, memory: Memory) -> Inh
     )
     match start:
         case Handover():
-            _take_over(assignment, start, state, kept, memory)
+            _take_over(start, state, kept, memory, streams)
             scale, step = start.loss_scale, start.step
         case Start(weights_only=True):
             _load(start, state, ("model",), updates=0)
@@ -109,7 +114,7 @@ def _own(tensors: _Tensors, start: Handover) -> _Tensors:
 
 
 def _take_over(
-    assignment: Assignment, start: Handover, state: StageState, kept: _Tensors, memory: Memory
+    start: Handover, state: StageState, kept: _Tensors, memory: Memory, streams: Streams
 ) -> None:
     memory.go_back(start.step)
     copies = _own(memory.copies_at(start.step), start)
@@ -120,7 +125,7 @@ def _take_over(
         if name in copies or (weight in start.restarts and kind in ("model", OUTER_TOKENS)):
             continue
         wanted.setdefault(start.sources[weight], []).append(name)
-    fetched = fetch_all(wanted, assignment.generation, start.step, assignment.deadline_s)
+    fetched = streams.fetch_all(wanted, start.step)
     found = {**copies, **fetched}
     state.load({name: found[name] for name in names if name in found}, start.updates)
     if state.outer is not None:
@@ -133,7 +138,7 @@ def _take_over(
     memory.hold(Snapshot(start.step, start.updates, start.loss_scale, tensors))
     if state.residuals is not None:
         state.residuals.keep(residuals)
-        for inherited in _bequeathed(assignment, start):
+        for inherited in _bequeathed(start, streams):
             state.residuals.inherit(inherited)
 
 
@@ -141,7 +146,7 @@ def _residuals(tensors: _Tensors) -> _Tensors:
     return {name: tensor for name, tensor in tensors.items() if name.startswith(RESIDUAL)}
 
 
-def _bequeathed(assignment: Assignment, start: Handover) -> Iterator[_Tensors]:
+def _bequeathed(start: Handover, streams: Streams) -> Iterator[_Tensors]:
     """Residuals of workers that give layers up or are gone, one of each weight at a time."""
     for turn in range(max(map(len, start.bequests.values()), default=0)):
         wanted: dict[Address, list[str]] = {}
@@ -152,7 +157,7 @@ def _bequeathed(assignment: Assignment, start: Handover) -> Iterator[_Tensors]:
                 there = RESIDUAL + name if owner is None else spare_name(name, owner)
                 wanted.setdefault(giver, []).append(there)
                 named[there] = RESIDUAL + name
-        found = fetch_all(wanted, assignment.generation, start.step, assignment.deadline_s)
+        found = streams.fetch_all(wanted, start.step)
         yield {named[there]: tensor for there, tensor in found.items()}
 
 

@@ -41,6 +41,7 @@ from ray_train_geo.training.saver import Saver
 from ray_train_geo.training.standing import Standing, Totals
 from ray_train_geo.training.stepping import Stepping, Synchronous
 from ray_train_geo.training.sums import gradient_sums
+from ray_train_geo.transport.state_stream import Streams
 from ray_train_geo.transport.tcp_meter import TcpMeter
 
 __all__ = ["StageRuntime"]
@@ -73,6 +74,7 @@ class StageRuntime:
         self.memory = memory or Memory()
         self.fetch_s = 0.0
         self._links = links
+        self._streams = Streams(assignment.generation, assignment.deadline_s)
         self._reporter = reporter
         self._source = source or BatchSource()
         self._stopping, self._pausing = threading.Event(), threading.Event()
@@ -107,7 +109,7 @@ class StageRuntime:
         first, last = plan.stage(role).layers
         ends = first == 0 or last == plan.layers
         batches = self._source.batches(a, self.device) if ends else _no_batches
-        began = inherit(a, self.device, self.memory)
+        began = inherit(a, self.device, self.memory, self._streams)
         self._state, self.fetch_s = began.state, began.seconds
         if training.compile:
             for layer in self._state.module.layers.values():
@@ -144,7 +146,7 @@ class StageRuntime:
         saved = began.step if isinstance(a.start, Start) and not a.start.weights_only else None
         self._saver = Saver(a, self._state, self._reporter, saved, self._phases)
         self._copier = Copier(
-            a.copies, a.copies_to, a.generation, self.memory, self._copied_state, a.deadline_s,
+            a.copies, a.copies_to, self._streams, self.memory, self._copied_state, a.deadline_s,
             a.spares_to, self._copied_residuals,
         )  # fmt: skip
 
@@ -353,12 +355,14 @@ class StageRuntime:
         if self._phases is not None:
             self._phases.enter("recovery")
         self._links.abort()
+        self._streams.abort()
         if self._copier is not None:
             self._copier.abort()
 
     def close(self) -> None:
         """Give everything back."""
         self._links.close()
+        self._streams.abort()
         self._forget_arrivals()
         if self._copier is not None:
             self._copier.close()

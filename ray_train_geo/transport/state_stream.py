@@ -16,15 +16,15 @@ import json
 import socket
 import struct
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ray_train_geo.errors import DeadlineError, TransportError
+from ray_train_geo.errors import AbortedError, DeadlineError, TransportError
 
-__all__ = ["Address", "Shelf", "StateServer", "fetch", "fetch_all", "push"]
+__all__ = ["Address", "Shelf", "StateServer", "Streams"]
 
 _BACKLOG = 64
 _LENGTH = struct.Struct("!I")
@@ -110,93 +110,122 @@ class StateServer:
         self._listener.close()
 
 
-def fetch(
-    address: Address, generation: int, step: int, names: Sequence[str], deadline_s: float
-) -> dict[str, torch.Tensor]:
-    """The tensors called ``names`` from the server at ``address``, on the CPU.
+class Streams:
+    """A worker's own fetches and pushes in one generation; :meth:`abort` ends them at once.
 
     Args:
-        deadline_s: longest silence, in seconds.
-
-    Raises:
-        DeadlineError: nothing came for so long.
-        TransportError: the server is gone, or refuses.
+        deadline_s: longest silence of a peer, in seconds.
     """
-    with _connected(address, deadline_s) as connection:
-        request = {"verb": "get", "generation": generation, "step": step, "names": list(names)}
-        _send_header(connection, request)
-        return _receive_tensors(connection, _reply(connection, address)["tensors"])
 
+    def __init__(self, generation: int, deadline_s: float) -> None:
+        self._generation = generation
+        self._deadline_s = deadline_s
+        self._lock = threading.Lock()
+        self._open: set[socket.socket] = set()
+        self._aborted = False
 
-def fetch_all(
-    sources: Mapping[Address, Sequence[str]], generation: int, step: int, deadline_s: float
-) -> dict[str, torch.Tensor]:
-    """As :func:`fetch`, from several servers at once.
+    def fetch(self, address: Address, step: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The tensors called ``names`` from the server at ``address``, on the CPU.
 
-    Raises:
-        DeadlineError, TransportError: of the first source that failed.
-    """
-    found: dict[str, torch.Tensor] = {}
-    if not sources:
+        Raises:
+            AbortedError: by :meth:`abort`.
+            DeadlineError: nothing came for so long.
+            TransportError: the server is gone, or refuses.
+        """
+        with self._connected(address) as connection:
+            request = {"verb": "get", "generation": self._generation, "step": step}
+            _send_header(connection, {**request, "names": list(names)})
+            return _receive_tensors(connection, _reply(connection, address)["tensors"])
+
+    def fetch_all(
+        self, sources: Mapping[Address, Sequence[str]], step: int
+    ) -> dict[str, torch.Tensor]:
+        """As :meth:`fetch`, from several servers at once.
+
+        Raises:
+            AbortedError, DeadlineError, TransportError: of the first source that failed.
+        """
+        found: dict[str, torch.Tensor] = {}
+        if not sources:
+            return found
+        with ThreadPoolExecutor(min(_PARALLEL, len(sources)), "fetch-state") as pool:
+            streams = [
+                pool.submit(self.fetch, address, step, names) for address, names in sources.items()
+            ]
+            for stream in streams:
+                found |= stream.result()
         return found
-    with ThreadPoolExecutor(min(_PARALLEL, len(sources)), "fetch-state") as pool:
-        streams = [
-            pool.submit(fetch, address, generation, step, names, deadline_s)
-            for address, names in sources.items()
-        ]
-        for stream in streams:
-            found |= stream.result()
-    return found
 
+    def push(
+        self,
+        address: Address,
+        step: int,
+        facts: Mapping[str, Any],
+        tensors: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Leave a copy of ``tensors`` (on the CPU) at ``address``; returns once it is there.
 
-def push(
-    address: Address,
-    generation: int,
-    step: int,
-    facts: Mapping[str, Any],
-    tensors: Mapping[str, torch.Tensor],
-    deadline_s: float,
-) -> None:
-    """Leave a copy of ``tensors`` (on the CPU) at ``address``; returns once it is there.
+        Args:
+            facts: what goes with the tensors, as plain JSON.
 
-    Args:
-        facts: what goes with the tensors, as plain JSON.
+        Raises:
+            AbortedError, DeadlineError, TransportError: as :meth:`fetch`.
+        """
+        with self._connected(address) as connection:
+            _send_header(
+                connection,
+                {
+                    "verb": "put",
+                    "generation": self._generation,
+                    "step": step,
+                    "facts": dict(facts),
+                    "tensors": _described(tensors),
+                },
+            )
+            # A server that refuses says so and closes: its word is better than the broken pipe.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                _send_tensors(connection, tensors)
+            _reply(connection, address)
 
-    Raises:
-        DeadlineError, TransportError: as :func:`fetch`.
-    """
-    with _connected(address, deadline_s) as connection:
-        _send_header(
-            connection,
-            {
-                "verb": "put",
-                "generation": generation,
-                "step": step,
-                "facts": dict(facts),
-                "tensors": _described(tensors),
-            },
-        )
-        # A server that refuses says so and closes: its word is better than the broken pipe.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            _send_tensors(connection, tensors)
-        _reply(connection, address)
+    def abort(self) -> None:
+        """End all that is under way, and what begins later; from any thread."""
+        with self._lock:
+            self._aborted = True
+            connections = list(self._open)
+        for connection in connections:
+            # Also one that is still being made, or whose peer is frozen or cut off.
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    @contextlib.contextmanager
+    def _connected(self, address: Address) -> Iterator[socket.socket]:
+        where = f"state from or to {address.host}:{address.port}"
+        try:
+            family, kind, protocol, _, place = socket.getaddrinfo(
+                *address, type=socket.SOCK_STREAM
+            )[0]
+            with socket.socket(family, kind, protocol) as connection:
+                with self._lock:
+                    self._open.add(connection)
+                    if self._aborted:
+                        raise AbortedError(f"{where}: the generation was aborted")
+                try:
+                    _prepare(connection, self._deadline_s)
+                    connection.connect(place)
+                    yield connection
+                finally:
+                    with self._lock:
+                        self._open.discard(connection)
+        except OSError as e:
+            if self._aborted:
+                raise AbortedError(f"{where}: the generation was aborted") from None
+            if isinstance(e, TimeoutError):
+                message = f"{where}: nothing moved for {self._deadline_s:.1f} s"
+                raise DeadlineError(message) from None
+            raise TransportError(f"{where}: {e}") from None
 
 
 # ---------------------------------------------------------------------- frames
-
-
-@contextlib.contextmanager
-def _connected(address: Address, deadline_s: float) -> Any:
-    try:
-        with socket.create_connection(address, timeout=deadline_s) as connection:
-            _prepare(connection, deadline_s)
-            yield connection
-    except TimeoutError:
-        raise DeadlineError(
-            f"state from or to {address.host}:{address.port}: nothing moved for {deadline_s:.1f} s"
-        ) from None
-    except OSError as e:
-        raise TransportError(f"state from or to {address.host}:{address.port}: {e}") from None
 
 
 def _prepare(connection: socket.socket, deadline_s: float) -> None:

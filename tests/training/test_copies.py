@@ -16,7 +16,7 @@ from ray_train_geo.planning.plan import PipelinePlan, Plan, StagePlan
 from ray_train_geo.training.copies import Copier, CopyDuty, copy_duties, copy_interval
 from ray_train_geo.training.memory import Memory, Snapshot
 from ray_train_geo.training.precision import LossScale
-from ray_train_geo.transport.state_stream import StateServer
+from ray_train_geo.transport.state_stream import StateServer, Streams
 
 DIMS = ModelDims("gpt", 4, 8, 2, 2, 32, 11, 16, tied_embeddings=False)
 
@@ -93,7 +93,9 @@ def test_a_copy_is_at_the_peer_before_the_next_commit_and_old_ones_go() -> None:
     mine, peers, now = Memory(), Memory(), [0]
     peers.enter(4)
     server = StateServer("127.0.0.1", peers)
-    copier = Copier(CopyDuty(2, ("w",), 1), server.address, 4, mine, lambda: snapshot(now[0]), 5.0)
+    copier = Copier(
+        CopyDuty(2, ("w",), 1), server.address, Streams(4, 5.0), mine, lambda: snapshot(now[0]), 5.0
+    )
     copier.begin()
     for step in range(1, 6):
         copier.finish()
@@ -118,7 +120,7 @@ class Slow(Memory):
 def test_an_abort_releases_who_waits_for_a_copy_and_a_lost_peer_is_an_error() -> None:
     memory, server = Memory(), StateServer("127.0.0.1", Slow())
     duty, address = CopyDuty(1, ("w",), 1), server.address
-    copier = Copier(duty, address, 1, memory, lambda: snapshot(1), 5.0)
+    copier = Copier(duty, address, Streams(1, 5.0), memory, lambda: snapshot(1), 5.0)
     copier.begin()
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(copier.finish)
@@ -127,7 +129,7 @@ def test_an_abort_releases_who_waits_for_a_copy_and_a_lost_peer_is_an_error() ->
             waiting.result(2.0)
     copier.close()
     server.close()
-    gone = Copier(duty, address, 1, memory, lambda: snapshot(1), 5.0)
+    gone = Copier(duty, address, Streams(1, 5.0), memory, lambda: snapshot(1), 5.0)
     gone.begin()
     with pytest.raises(TransportError):
         gone.finish()

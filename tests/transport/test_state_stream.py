@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
-from ray_train_geo.errors import DeadlineError, TransportError
-from ray_train_geo.transport.state_stream import Address, StateServer, fetch, fetch_all, push
+from ray_train_geo.errors import AbortedError, DeadlineError, TransportError
+from ray_train_geo.transport.state_stream import Address, StateServer, Streams
 
 TENSORS = {
     "a": torch.arange(300_000, dtype=torch.float32).view(300, 1000),
@@ -61,20 +63,20 @@ def same(found: Mapping[str, torch.Tensor], names: Sequence[str]) -> bool:
 
 
 def test_what_is_fetched_has_the_same_bits(server: StateServer) -> None:
-    assert same(fetch(server.address, 3, 7, list(TENSORS), 5.0), list(TENSORS))
-    assert fetch(server.address, 3, 7, [], 5.0) == {}
+    assert same(Streams(3, 5.0).fetch(server.address, 7, list(TENSORS)), list(TENSORS))
+    assert Streams(3, 5.0).fetch(server.address, 7, []) == {}
 
 
 def test_several_sources_at_once(server: StateServer) -> None:
     other = StateServer("127.0.0.1", Shelf())
-    found = fetch_all({server.address: ["a", "scalar"], other.address: ["half"]}, 3, 7, 5.0)
+    found = Streams(3, 5.0).fetch_all({server.address: ["a", "scalar"], other.address: ["half"]}, 7)
     other.close()
     assert same(found, ["a", "scalar", "half"])
-    assert fetch_all({}, 3, 7, 5.0) == {}
+    assert Streams(3, 5.0).fetch_all({}, 7) == {}
 
 
 def test_what_is_pushed_is_there_when_push_returns(server: StateServer, shelf: Shelf) -> None:
-    push(server.address, 3, 7, {"updates": 6}, TENSORS, 5.0)
+    Streams(3, 5.0).push(server.address, 7, {"updates": 6}, TENSORS)
     ((generation, step, facts, tensors),) = shelf.taken
     assert (generation, step, facts) == (3, 7, {"updates": 6})
     assert same(tensors, list(TENSORS))
@@ -85,23 +87,42 @@ def test_another_generation_or_step_is_refused(
     server: StateServer, shelf: Shelf, generation: int, step: int
 ) -> None:
     with pytest.raises(TransportError, match="refuses: not"):
-        fetch(server.address, generation, step, ["a"], 5.0)
+        Streams(generation, 5.0).fetch(server.address, step, ["a"])
     with pytest.raises(TransportError, match=r"refuses|closed|reset"):
-        push(server.address, generation, step, {}, TENSORS, 5.0)
+        Streams(generation, 5.0).push(server.address, step, {}, TENSORS)
     assert not shelf.taken
 
 
 def test_a_server_that_is_gone(server: StateServer) -> None:
     server.close()
     with pytest.raises(TransportError, match=str(server.address.port)):
-        fetch(server.address, 3, 7, ["a"], 5.0)
+        Streams(3, 5.0).fetch(server.address, 7, ["a"])
 
 
 def test_silence_has_a_deadline() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = Address("127.0.0.1", listener.getsockname()[1])
         with pytest.raises(DeadlineError, match=r"nothing moved for 0\.2 s"):
-            fetch(address, 3, 7, ["a"], 0.2)
+            Streams(3, 0.2).fetch(address, 7, ["a"])
+
+
+def test_an_abort_ends_what_is_under_way_and_what_would_begin() -> None:
+    streams = Streams(3, 30.0)
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(2) as pool:
+        address = Address("127.0.0.1", listener.getsockname()[1])  # it never answers, as if frozen
+        large = {"w": torch.zeros(2**24)}
+        waiting = [
+            pool.submit(streams.fetch, address, 7, ["a"]),
+            pool.submit(streams.push, address, 7, {}, large),
+        ]
+        time.sleep(0.2)
+        assert not any(one.done() for one in waiting)
+        streams.abort()
+        for one in waiting:
+            with pytest.raises(AbortedError):
+                one.result(2.0)
+        with pytest.raises(AbortedError):
+            streams.fetch(address, 7, ["a"])
 
 
 def test_what_is_no_state_message_harms_nobody(server: StateServer) -> None:
@@ -111,5 +132,5 @@ def test_what_is_no_state_message_harms_nobody(server: StateServer) -> None:
             with contextlib.suppress(OSError):  # it may have been cut off already
                 connection.shutdown(socket.SHUT_WR)
                 assert connection.recv(1) == b""
-    assert same(fetch(server.address, 3, 7, ["a"], 5.0), ["a"])
+    assert same(Streams(3, 5.0).fetch(server.address, 7, ["a"]), ["a"])
     assert not [t for t in threading.enumerate() if t.name.startswith("fetch-state")]
