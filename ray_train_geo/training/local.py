@@ -31,6 +31,7 @@ from ray_train_geo.training.checkpoint import CheckpointPart, CheckpointStore
 from ray_train_geo.training.collector import CheckpointCollector
 from ray_train_geo.training.emulation import Emulation
 from ray_train_geo.training.identity import identity
+from ray_train_geo.training.on_time import on_time
 from ray_train_geo.training.runtime import StageRuntime
 
 __all__ = ["LocalResult", "run_local"]
@@ -213,6 +214,8 @@ def _process(task: _Task, port: int, messages: Any) -> None:
 
 
 def _work(task: _Task, store: Store, emulation: Emulation | None, messages: Any) -> None:
+    if emulation is not None:
+        on_time()
     ended = _Ended(task.assignment.rank)
     device, reporter = torch.device(task.device), _QueueReporter(messages.put)
     runtime = StageRuntime(task.assignment, store, device, reporter, emulation=emulation)
