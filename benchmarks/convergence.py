@@ -50,8 +50,8 @@ PIPELINES = 2
 
 
 ISLANDS_LR = [f"training.lr={LR * PIPELINES**0.5}", f"training.min_lr={LR / 10 * PIPELINES**0.5}"]
-"""Of islands that merge every other step.  AdamW's steps are as long with the noise of half a batch,
-so where noise prevails the mean of ``n`` islands' steps goes ``sqrt(n)`` times less far."""
+"""Of islands that merge every other step.  AdamW's steps are as long with half a batch's noise, so
+where noise prevails the mean of ``n`` islands' steps goes ``sqrt(n)`` times less far."""
 
 
 @dataclass(frozen=True)

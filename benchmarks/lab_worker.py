@@ -29,6 +29,7 @@ from ray_train_geo.training.assignment import Assignment, StepRecord
 from ray_train_geo.training.checkpoint import CheckpointPart
 from ray_train_geo.training.emulation import Emulation
 from ray_train_geo.training.links import Links
+from ray_train_geo.training.on_time import on_time
 from ray_train_geo.training.runtime import StageRuntime
 
 _PATIENCE = timedelta(seconds=120)
@@ -54,6 +55,7 @@ class Recorder:
 def main() -> None:
     folder, rank, host, port, until = Path(sys.argv[1]), *sys.argv[2:]
     torch.set_num_threads(1)
+    on_time()
     assignments: list[Assignment] = pickle.loads((folder / "assignments.pickle").read_bytes())
     emulated = folder / "topology.yaml"
     emulation = Emulation(load_topology(emulated), links=False) if emulated.exists() else None

@@ -29,6 +29,7 @@ from ray_train_geo.cluster.topology_file import load_topology
 from ray_train_geo.model.stage import build_stage
 from ray_train_geo.planning.cost import backward_s, forward_s
 from ray_train_geo.training.assignment import Assignment
+from ray_train_geo.training.on_time import on_time
 
 _PATIENCE = timedelta(seconds=600)
 
@@ -71,6 +72,7 @@ class _Marked(torch.autograd.Function):
 def main() -> None:
     folder, rank, host, port, until, schedule = Path(sys.argv[1]), *sys.argv[2:]
     torch.set_num_threads(1)
+    on_time()
     assignments: list[Assignment] = pickle.loads((folder / "assignments.pickle").read_bytes())
     a = assignments[int(rank)]
     plan, training, role = a.plan, a.job.training, a.role

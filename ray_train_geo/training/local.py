@@ -32,6 +32,7 @@ from ray_train_geo.training.collector import CheckpointCollector
 from ray_train_geo.training.emulation import Emulation
 from ray_train_geo.training.identity import identity
 from ray_train_geo.training.links import Links
+from ray_train_geo.training.on_time import on_time
 from ray_train_geo.training.runtime import StageRuntime
 
 __all__ = ["LocalResult", "run_local"]
@@ -214,6 +215,8 @@ def _process(task: _Task, port: int, messages: Any) -> None:
 
 
 def _work(task: _Task, store: Store, emulation: Emulation | None, messages: Any) -> None:
+    if emulation is not None:
+        on_time()
     ended = _Ended(task.assignment.rank)
     device, reporter = torch.device(task.device), _QueueReporter(messages.put)
     links = Links(task.assignment, store, device, emulation)
