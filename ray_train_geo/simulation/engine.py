@@ -43,7 +43,8 @@ def simulate(
     timelines: list[Timeline] = []
     done: dict[object, list[tuple[Sequence[Sequence[Action]], _Pace, Timeline]]] = {}
     for work, hops in zip(pipelines, shared_hops(pipelines, seconds_per_byte), strict=True):
-        key = work.forward_s, work.backward_s, work.weight_s, work.blocking_sends, hops
+        times = work.forward_s, work.backward_s, work.weight_s
+        key = times, work.blocking_sends, work.traffic_slowdown, hops
         # Schedules are long and seldom differ: comparing them is cheap, hashing is not.
         alike = done.setdefault(key, [])
         for actions, pace, known in alike:
@@ -59,10 +60,14 @@ def simulate(
 def _timeline(
     work: PipelineWork, down: Sequence[Hop | SharedHop], up: Sequence[Hop | SharedHop]
 ) -> Timeline:
+    forward_s, backward_s = work.forward_s, work.backward_s
+    if work.traffic_slowdown:
+        forward_s = _slowed(forward_s, down, work.traffic_slowdown)
+        backward_s = _slowed(backward_s, up, work.traffic_slowdown)
     run = PipelineRun(
         work.actions,
-        work.forward_s,
-        work.backward_s,
+        forward_s,
+        backward_s,
         [_wire(hop) for hop in down],
         [_wire(hop) for hop in up],
         weight_s=work.weight_s,
@@ -75,3 +80,14 @@ def _timeline(
 
 def _wire(hop: Hop | SharedHop) -> Wire:
     return SharedWire(hop) if isinstance(hop, SharedHop) else PrivateWire(hop)
+
+
+def _slowed(
+    seconds: Sequence[float], hops: Sequence[Hop | SharedHop], slowdown: float
+) -> tuple[float, ...]:
+    """``[stages]``; of a pass whose messages go over ``hops``, into a stage and out of it."""
+    wire_s = [hop.transfer_s for hop in hops]
+    return tuple(
+        each + slowdown * (before + after)
+        for each, before, after in zip(seconds, [0.0, *wire_s], [*wire_s, 0.0], strict=True)
+    )

@@ -60,6 +60,8 @@ class PipelineWork:
             straggler); None: once.
         blocking_sends: a stage does nothing until the message that it sends has left.
         weight_s: ``[stages]``; seconds of one microbatch's W; None: a B is a whole backward.
+        traffic_slowdown: seconds that a stage's F or B takes longer for each second that a message
+            into it, or out of it, is on its way: what messages take of who computes.
     """
 
     actions: Sequence[Sequence[Action]]
@@ -70,6 +72,11 @@ class PipelineWork:
     pace: tuple[tuple[float, ...], ...] | None = None
     blocking_sends: bool = False
     weight_s: tuple[float, ...] | None = None
+    traffic_slowdown: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.traffic_slowdown < math.inf:
+            raise ValueError(f"traffic_slowdown is 0 or more, not {self.traffic_slowdown}")
 
     @property
     def microbatches(self) -> int:

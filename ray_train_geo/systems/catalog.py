@@ -47,6 +47,7 @@ _YES = ("yes", "no")
 _NOISE = {
     "jitter_percent": Setting("standard deviation of an action's time"),
     "straggler_percent": Setting("by which the first pipeline's first stage is slower"),
+    "traffic_percent": Setting("of a message's time on the wire that computing takes longer"),
 }
 
 

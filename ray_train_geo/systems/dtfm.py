@@ -122,6 +122,7 @@ def _round(
     flows = SharedFlows(case.table)
     jitter = case.values.number("jitter_percent") or 0
     slower = case.values.number("straggler_percent") or 0
+    traffic = case.values.number("traffic_percent") or 0
 
     def flow(a: int, b: int) -> Flow:
         found = flows.flow(a, b, case.message_bytes)
@@ -153,6 +154,7 @@ def _round(
                 if jitter or slower
                 else None,
                 blocking_sends=not acknowledged,
+                traffic_slowdown=traffic / 100,
             )
         )
     return simulate(work, flows.seconds_per_byte)

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
+from typing import get_args
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ray_train_geo.cluster.topology import Device, Link, Topology, Uplink
 from ray_train_geo.model.catalog import CATALOG, total_parameters
@@ -11,7 +15,7 @@ from ray_train_geo.planning.memory import stage_parameters
 from ray_train_geo.planning.plan import PipelinePlan, StagePlan
 from ray_train_geo.planning.predict import predict as predict_parts
 from ray_train_geo.planning.problem import PlanOptions, Problem
-from ray_train_geo.spec import parse_job
+from ray_train_geo.spec import GradientSyncName, ScheduleName, parse_job
 
 DIMS = CATALOG["gpt-tiny"]
 JOB = parse_job(
@@ -157,3 +161,61 @@ def test_options_do_not_change_a_prediction():
     plain = predict(two).step_s
     problem = Problem(TOPOLOGY, JOB, DIMS, PlanOptions(objective="dollars"))
     assert predict_parts(problem, [two], "1f1b", "allreduce").step_s == plain
+
+
+BUSY = tuple(
+    Device(f"{node}/{i}", node, region=node[0]) for node in ("a0", "b0", "b1") for i in "01"
+)
+PLACES = ["a", "b"]
+times_s = st.sampled_from([0.0, 1e-3, 0.02])
+rates = st.sampled_from([1e5, 1e6, 4e6, 1e8])
+gains = st.sampled_from([1.0, 1.0, 1.01, 1.5, 100.0])
+
+
+@settings(max_examples=40)
+@given(
+    st.permutations(range(6)),
+    st.sampled_from(get_args(ScheduleName)),
+    st.sampled_from(get_args(GradientSyncName)),
+    st.data(),
+)
+def test_a_better_network_slows_no_plan(order, schedule, mode, data):
+    """Gradient sync, the update and the commit included; one thing is better, or all are."""
+    pipelines = [
+        PipelinePlan(
+            tuple(
+                StagePlan(BUSY[d].id, layers, 2 - s, 1)
+                for s, (d, layers) in enumerate(zip(chain, cut, strict=True))
+            ),
+            4,
+            first,
+        )
+        for chain, cut, first in (
+            (order[:3], ((0, 1), (1, 2), (2, 4)), 0),
+            (order[3:], ((0, 2), (2, 3), (3, 4)), 4),
+        )
+    ]
+    pairs = list(product(PLACES, repeat=2))
+    links = {pair: Link(data.draw(times_s), data.draw(rates)) for pair in pairs}
+    nics = {d.node: Uplink(data.draw(rates), data.draw(rates)) for d in BUSY}
+    uplinks = {(a, b): data.draw(rates) for a, b in pairs if a != b}
+    before = Topology(BUSY, region_links=links, node_uplinks=nics, region_uplinks=uplinks)
+    after = replace(
+        before,
+        region_links={
+            pair: Link(
+                link.latency_s / data.draw(gains), link.bandwidth_bytes_per_s * data.draw(gains)
+            )
+            for pair, link in links.items()
+        },
+        node_uplinks={
+            node: Uplink(nic.out_bytes_per_s * data.draw(gains), nic.in_bytes_per_s)
+            for node, nic in nics.items()
+        },
+        region_uplinks={pair: rate * data.draw(gains) for pair, rate in uplinks.items()},
+    )
+    slow, fast = (
+        predict(*pipelines, mode=mode, schedule=schedule, topology=topology)
+        for topology in (before, after)
+    )
+    assert fast.step_s <= slow.step_s * (1 + 1e-9)

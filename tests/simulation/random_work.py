@@ -39,7 +39,8 @@ def pipeline_work(draw: st.DrawFn, resources: int = RESOURCES) -> PipelineWork:
     times = draw(seconds), draw(seconds)
     weight_s = draw(seconds) if schedule == "zero-bubble" else None
     blocking = draw(st.booleans())
-    return PipelineWork(actions, *times, draw(hops), draw(hops), pace, blocking, weight_s)
+    slowdown = draw(st.sampled_from([0.0, 0.0, 0.3]))
+    return PipelineWork(actions, *times, draw(hops), draw(hops), pace, blocking, weight_s, slowdown)
 
 
 plans = st.lists(pipeline_work(), min_size=1, max_size=3)

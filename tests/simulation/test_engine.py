@@ -70,6 +70,20 @@ def test_nics_are_full_duplex():
     assert makespan_s(hop) > alone.makespan_s  # half duplex: both ways over one resource
 
 
+def test_messages_can_take_part_of_who_computes():
+    # A message is 2 s on the wire, and costs either end a quarter of that.
+    hop = Flow(1.0, 20.0, 0.1)
+    work = dataclasses.replace(pair(1, hop, hop, 1.0, 3.0), traffic_slowdown=0.25)
+    [t] = simulate([work], [])
+    assert t.starts_s == ((0.0, 12.5), (4.5, 6.0))
+    assert t.ends_s == ((1.5, 16.0), (6.0, 9.5))
+    chain = PipelineWork(gpipe(3, 1), (1.0,) * 3, (1.0,) * 3, (hop, FREE), (FREE, FREE))
+    [slow] = simulate([dataclasses.replace(chain, traffic_slowdown=1.0)], [])
+    assert [ends[0] for ends in slow.ends_s] == [3.0, 3.0 + 2.0 + 1.0 + 3.0, 9.0 + 1.0]
+    with pytest.raises(ValueError, match="traffic_slowdown is 0 or more"):
+        dataclasses.replace(work, traffic_slowdown=-0.1)
+
+
 def test_more_capacity_slows_nobody():
     """A message that comes sooner does not come in the way of one that is urgent.
 
@@ -92,6 +106,7 @@ def test_more_capacity_slows_nobody():
 
 @given(plans)
 def test_equals_the_timeline_where_nothing_is_shared(pipelines):
+    pipelines = [dataclasses.replace(p, traffic_slowdown=0.0) for p in pipelines]
     for work, t in zip(pipelines, simulate(pipelines, NO_LIMITS), strict=True):
         down, up = [f.hop for f in work.down], [f.hop for f in work.up]
         how = {

@@ -83,6 +83,8 @@ def test_a_straggler_and_jitter_slow_a_step():
     plain = pipeline("dtfm_gpipe", 4, 16).step_s
     assert pipeline("dtfm_gpipe", 4, 16, jitter_percent="20").step_s > plain * 1.02
     assert pipeline("dtfm_gpipe", 4, 16, straggler_percent="50").step_s > plain * 1.3
+    far = pipeline("dtfm_gpipe", 4, 16, bandwidth=1e8).step_s
+    assert pipeline("dtfm_gpipe", 4, 16, 0.0, 1e8, traffic_percent="50").step_s > far * 1.05
 
 
 def test_a_trace_covers_all_rounds():
