@@ -159,11 +159,13 @@ class NicRoom:
     Args:
         inner, last: ``[n, layers, classes]`` each: room, and what a layer of the stage takes of it.
         per_layer: ``[classes]``; what a layer of the visit takes.
+        first: ``[classes]``; what the first visit takes besides.
     """
 
     inner: tuple[Floats, Floats]
     last: tuple[Floats, Floats]
     per_layer: Floats
+    first: Floats
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,7 +13,7 @@ loses nothing but who stands where.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,12 +47,24 @@ class Reach:
         least_s: float = 0.0,
     ) -> None:
         self._least_s = least_s
+        self._makeup = tuple(makeup)
         self._costs = np.array([cost for cost, _ in merges])
         alone = np.arange(len(makeup))
         self._kinds = [
             _kinds(labels, makeup, np.array(meet))
             for labels in (alone, *(labels for _, labels in merges))
         ]
+
+    def alike(self, meet: Sequence[bool]) -> Hashable:
+        """Equal where islands differ by the names of sites only.
+
+        Args:
+            meet: as given at first.
+        """
+        return self._least_s, tuple(
+            tuple(sorted(zip(self._makeup, meet, map(tuple, rows.T.tolist()), strict=True)))
+            for rows in self._kinds
+        )
 
     def islands(self, message_s: Floats) -> tuple[Ints, Bools]:
         """For each of ``n`` pipelines all kinds of islands that it can be on.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 
@@ -42,6 +43,8 @@ _MOST_DEVICES_IN_DETAIL = 256
 """With more, first stages are not told apart by their layers: it would take too long."""
 _MOST_CLASSES = 8
 """With more, what devices of a node share is not counted: it would take too long."""
+_EXACT_FIRST = 12
+"""Up to so many layers of first stages, those with one or two less are looked at alone."""
 FOR_EVER_S = 1e30
 """A step time that every plan reaches, if it is one."""
 
@@ -190,7 +193,7 @@ class CaseSearch:
         """All cases of plans of so many pipelines; those over one cut together."""
         size = self.problem.gradient_bytes * float(layer_parameters(self.problem.dims))
         tail = self.tail(mode, pipelines)
-        found = sync_cases(self.table, mode, pipelines, size)
+        found = self._distinct(sync_cases(self.table, mode, pipelines, size))
         for cut_s, at_least_s in self._over_cuts(mode, pipelines[0]):
             over = replace(tail, cut_s=cut_s)
             yield [
@@ -202,6 +205,14 @@ class CaseSearch:
                 )
                 for sync in found
             ]
+
+    def _distinct(self, cases: Sequence[SyncCase]) -> list[SyncCase]:
+        """Of cases that differ by the names of sites only, the first."""
+        found: dict[Hashable, SyncCase] = {}
+        for case in cases:
+            alike = self._reach(case).alike(case.sites)
+            found.setdefault((case.floor, case.beyond, case.leaves, alike), case)
+        return list(found.values())
 
     def _over_cuts(self, mode: GradientSyncName, pipelines: int) -> list[tuple[float, float]]:
         """Cases: (sync of every layer over some cut, no step is shorter); in seconds."""
@@ -230,11 +241,41 @@ class CaseSearch:
         if self.problem.may_split or not self.in_detail:
             return True
         for i, (largest, local) in enumerate(self.firsts):
+            if self._ends_early(time_s, case, largest, local):
+                continue
             if self._may_step_in(time_s, case, largest, local):
                 # Next time, too, it may be the one.
                 self.firsts.insert(0, self.firsts.pop(i))
                 return True
         return False
+
+    def _own_firsts(self, largest_first: tuple[int, int]) -> list[tuple[int, int]]:
+        """Ranges (fewest, most) that first stages are looked at in, up to the largest.
+
+        What they sum over a NIC comes after all else of their own pipelines.
+        """
+        most = largest_first[1]
+        if most == 1 or not self.in_detail or (self.classes.node_size == 1).all():
+            return [(1, most)]
+        ends = sorted({most, most - 1, most - 2 if most < _EXACT_FIRST else most // 2} - {0, -1})
+        return [(a + 1, b) for a, b in pairwise([0, *ends])]
+
+    def _ends_early(
+        self, time_s: float, case: Case, largest_first: tuple[int, int], local: bool
+    ) -> bool:
+        """Whether too little time is left to compute all, or there is no such case."""
+        sync = case.sync
+        if not local and sync.floor == sync.beyond:
+            return True
+        group = sync.floor if local else sync.beyond
+        size = self.problem.gradient_bytes * float(layer_parameters(self.problem.dims))
+        sync_s = group.latency_s + largest_first[0] * size * group.seconds_per_byte
+        classes, layers = self.classes, largest_first[1]
+        if self.shallowest == 1:  # an only stage has all of them
+            layers = self.problem.dims.layers
+        backward_s = classes.embedding_s[:, 1] + layers * classes.layer_s[:, 1]
+        backward_s = backward_s + (self.shallowest == 1) * classes.head_s[:, 1]
+        return time_s - sync_s + float(backward_s.max()) < self.compute_s
 
     def _may_step_in(
         self,
@@ -253,6 +294,9 @@ class CaseSearch:
         number, within = self._reach(case.sync).islands(self._message_s(time_s, fewest))
         if not len(number):
             return False
+        own = self._own_firsts(largest_first)
+        number, within = np.tile(number, len(own)), np.tile(within, (len(own), 1))
+        own_first = np.repeat(np.array(own), len(number) // len(own), axis=0).T
         inside = np.array(case.sync.sites)
         classes = self.classes.merged(
             [
@@ -271,6 +315,7 @@ class CaseSearch:
             microbatches,
             case.tail,
             largest_first=largest_first,
+            own_first=(own_first[0], own_first[1]),
             first_local=first_local,
             allowed=within[:, index],
             beyond=~inside[index],

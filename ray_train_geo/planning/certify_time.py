@@ -89,6 +89,7 @@ def chains_in_time(
     tail: Tail,
     *,
     largest_first: tuple[int, int] | None = None,
+    own_first: tuple[Ints, Ints] | None = None,
     first_local: bool | None = None,
     allowed: Bools | None = None,
     beyond: Bools | None = None,
@@ -99,6 +100,7 @@ def chains_in_time(
     Args:
         time_s, microbatches: ``[n]``.
         largest_first: fewest and most layers of the plan's largest first stage.
+        own_first: ``[n]`` each; fewest and most of the chain's own.
         first_local: whether the first layer's group is a cheap one; None: it may be.
         allowed: ``[n, classes]``; devices that may be used at all.
         beyond: ``[classes]``; whose layers' groups take ``tail.beyond``.
@@ -135,8 +137,11 @@ def chains_in_time(
     down_s = above * fastest[0] + hops * tail.hop_s[0]
     round_s = down_s if problem.may_split else above * fastest.sum() + hops * tail.hop_s[1]
     fewest, highest = largest_first or (1, layers)
+    own = np.ones_like(many)
+    if own_first is not None:
+        own, highest = (np.minimum(x[:, None, None], highest) for x in own_first)
     exposed_s = np.minimum.reduce(
-        [s[0].exposed_s(fewest, np.minimum(highest, of_class)) for s in firsts]
+        [s[0].exposed_s(fewest, own, np.minimum(highest, of_class)) for s in firsts]
     )
     exposed_s = exposed_s * (not problem.may_split)
 
@@ -170,11 +175,16 @@ def chains_in_time(
     room = None
     if not lasting and tail.mode is not None:
         after_s = left_s - down_s
-        per_layer = problem.gradient_bytes * _nic_seconds_per_byte(classes, tail)[0]
+        # All groups of layers above, and of the first stage, start no sooner.
+        ordered = problem.gradient_bytes * (not problem.may_split)
+        share, tied_share = _nic_seconds_per_byte(classes, tail)
+        tokens = problem.dims.vocab_size * problem.dims.dim * problem.dims.tied_embeddings
+        embedding = embedding_parameters(problem.dims) - tokens
         room = NicRoom(
             inner.nic_room(many, after_s),
             last.nic_room(many, after_s),
-            per_layer * layer_parameters(problem.dims) * (not problem.may_split),
+            ordered * share * layer_parameters(problem.dims),
+            ordered * (share * embedding + tied_share * tokens),
         )
 
     nothing, anywhere = slice(0, 1), slice(None)
@@ -327,19 +337,20 @@ class _Stage:
         constant, per_layer = self._after_backward(self.nic_s)
         return left_s - many * self.work_s[0] - constant, many * self.work_s[1] + per_layer
 
-    def exposed_s(self, largest: int, highest: Ints) -> Floats:
+    def exposed_s(self, largest: int, own: Ints, highest: Ints) -> Floats:
         """``[n, 1, 1]``; the least that comes after the last backward of any first stage.
 
         Groups of the first layer start with the last of all backwards of first stages.
 
         Args:
             largest: layers of one of them at least.
-            highest: ``[n, 1, classes]``; layers of any of them at most.
+            own: ``[n, 1, 1]``; of the chain's at least.
+            highest: ``[n, 1, classes]``; and at most.
         """
         backward_s = (self.backward_s[0] + self.backward_s[1] * highest).max(axis=2, keepdims=True)
-        least = self.optimizer_s[0] + self.optimizer_s[1]
+        least = self.optimizer_s[0] + self.optimizer_s[1] * own
         # A worker sums its groups from the last of their starts; a NIC those that start by then.
-        for (constant, per_layer), layers in ((self.sync_s, largest), (self.nic_s, 1)):
+        for (constant, per_layer), layers in ((self.sync_s, largest), (self.nic_s, own)):
             after_s = constant + self.optimizer_s[0] + (per_layer + self.optimizer_s[1]) * layers
             least = np.maximum(least, after_s - backward_s)
         found: Floats = np.maximum(least, self.tied_nic_s - backward_s)

@@ -62,6 +62,7 @@ class VisitChains:
 
         def most(table: Ints, limits: tuple[Floats, Floats]) -> Ints:
             left, taken = (limit[:, min(start, limit.shape[1] - 1) :] for limit in limits)
+            left = left if start else left - room.first
             fits = np.floor((left - behind * room.per_layer) / taken * (1 + 1e-9) + 1e-9)
             given = table[:, min(start, table.shape[1] - 1) :]
             return np.clip(np.minimum(given, fits), 0, layers).astype(np.int64)
