@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -35,8 +36,8 @@ _NUMBERS = re.compile(r"\d+")
 class Census:
     """Samples of the coordinator and the workers that live long, by process and role.
 
-    A role has its own number of links, so only samples of the same process in the same role of as
-    large a generation are compared.
+    A role has its own number of links, with threads and sockets of their own, and so has a plan: only
+    samples of the same process in the same role of the same layers are compared.
     """
 
     _samples: dict[tuple[int, str], list[Usage]] = field(default_factory=lambda: defaultdict(list))
@@ -48,13 +49,9 @@ class Census:
         if event is None or int(event["generation"]) == self._generation:
             return
         self._generation = int(event["generation"])
-        workers = event["workers"]
-        roles = {
-            int(w["pid"]): f"stage {w['stage']} of {w['layers']} among {len(workers)}"
-            for w in workers
-        }
+        roles = _roles(event["workers"])
         if tail.coordinator_pid is not None:
-            roles[tail.coordinator_pid] = f"coordinator of {len(workers)}"
+            roles[tail.coordinator_pid] = f"coordinator of {len(event['workers'])}"
         for pid, role in roles.items():
             found = usage(pid)
             if found is not None:
@@ -79,6 +76,16 @@ class Census:
             detail = f"resident memory grew by at most {most_grown:.1%}, in {role} (pid {pid})"
             found.append(Check("memory", most_grown <= _RESIDENT_GROWTH, detail))
         return found
+
+
+def _roles(workers: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+    """What each process does, by its id, in words that are the same if its links are."""
+    pipelines: dict[int, list[str]] = {}
+    for worker in sorted(workers, key=lambda w: int(w["rank"])):
+        first, last = worker["layers"]
+        pipelines.setdefault(int(worker["pipeline"]), []).append(f"{first}-{last}")
+    plan = " | ".join(" ".join(stages) for stages in pipelines.values())
+    return {int(w["pid"]): f"rank {w['rank']} of layers {plan}" for w in workers}
 
 
 def _growth(name: str, samples: Mapping[tuple[int, str], Sequence[int]]) -> Check:
