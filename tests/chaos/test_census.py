@@ -15,7 +15,7 @@ SPLIT = [(0, [0, 4]), (1, [0, 2]), (1, [2, 4])]
 def generation(number: int, stages: list[tuple[int, list[int]]]) -> Any:
     """As a run tells it; this process has rank 0, and the others are gone."""
     workers = [
-        {"pid": os.getpid() if not rank else -1, "rank": rank, "pipeline": p, "layers": layers}
+        {"pid": os.getpid() if not rank else 2**22 + rank, "rank": rank, "pipeline": p, "layers": layers}
         for rank, (p, layers) in enumerate(stages)
     ]
     event = {"generation": number, "workers": workers}
