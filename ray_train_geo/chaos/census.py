@@ -36,7 +36,7 @@ _NUMBERS = re.compile(r"\d+")
 class Census:
     """Samples of the coordinator and the workers that live long, by process and role.
 
-    A role has its own number of links, with threads and sockets of their own, so has a plan: only
+    A role has its own number of links, with their threads and sockets, and so has a plan: only
     samples of the same process in the same role of the same layers are compared.
     """
 
