@@ -25,7 +25,7 @@ __all__ = ["Injector"]
 _SETTLED_STEPS = 3
 _SPREAD_STEPS = 8
 """A random fault comes up to so many steps after the run is at full strength."""
-_STRENGTH_PATIENCE_S = 25.0
+_STRENGTH_PATIENCE_S = 60.0
 """So long a run may take to get back to full strength; then faults go on as it is."""
 _RECOVERY_PATIENCE_S = 60.0
 """What has not shown in a new generation by then, beyond its own length, has passed unnoticed."""
