@@ -15,13 +15,13 @@ their hops: `certify_sync` lists the cases, and the bound is the least of all.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ray_train_geo.errors import PlanError
 from ray_train_geo.planning.certify_chains import DeviceClasses
-from ray_train_geo.planning.certify_numbers import Numbers, least_over_all
+from ray_train_geo.planning.certify_numbers import Numbers, looked_over
 from ray_train_geo.planning.certify_ranges import pipeline_ranges
 from ray_train_geo.planning.certify_search import FOR_EVER_S, TOLERANCE, CaseSearch
 from ray_train_geo.planning.certify_time import chains_in_time
@@ -78,9 +78,15 @@ def step_time_bound(
         for pipelines in reversed(pipeline_ranges(*search.pipelines()))
         for mode in modes
     ]
-    best, complete = least_over_all(ranges, search.least_of, enough_s)
+    ranges, complete = looked_over(ranges, search.least_of, enough_s)
+    best = min(numbers.at_least_s for numbers in ranges)
     if not np.isfinite(best):
         raise PlanError("no plan keeps the job's limits: allow more devices or dollars per hour")
+    if complete and best < enough_s and search.worth_detail:
+        search.in_detail = True
+        ranges = [replace(numbers, exact=False) for numbers in ranges]
+        ranges, complete = looked_over(ranges, search.least_of, enough_s, known=True)
+        best = min(numbers.at_least_s for numbers in ranges)
     argument = search.argument(modes)
     if not complete:
         argument += "; weak because there was no time to look at all plans"

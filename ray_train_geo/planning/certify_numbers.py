@@ -16,7 +16,7 @@ from heapq import heapify, heappush, heapreplace
 
 from ray_train_geo.spec import GradientSyncName
 
-__all__ = ["Numbers", "OutOfTimeError", "least_over_all"]
+__all__ = ["Numbers", "OutOfTimeError", "least_over_all", "looked_over"]
 
 _CLOSE = 1.02
 """Numbers whose ratio is no more are not told apart."""
@@ -62,6 +62,22 @@ def least_over_all(
         least_s: the bound of a range, up to a limit; raises OutOfTimeError.
         enough_s: a larger bound is of no use.
     """
+    left, complete = looked_over(ranges, least_s, enough_s)
+    return min(n.at_least_s for n in left), complete
+
+
+def looked_over(
+    ranges: Sequence[Numbers],
+    least_s: Callable[[Numbers, float], float],
+    enough_s: float,
+    known: bool = False,
+) -> tuple[list[Numbers], bool]:
+    """All plans in ranges with a bound each, and whether the least is all that there is to say.
+
+    Args:
+        ranges: as in :func:`least_over_all`.
+        known: there are bounds already: only ranges that have the least are looked at.
+    """
     left = list(ranges)
 
     def looked_at(numbers: Numbers, limit_s: float) -> Numbers:
@@ -70,7 +86,7 @@ def least_over_all(
 
     try:
         limit_s = enough_s
-        for i, numbers in enumerate(ranges):
+        for i, numbers in enumerate([] if known else ranges):
             left[i] = looked_at(numbers, limit_s)
             limit_s = min(limit_s, left[i].at_least_s)
         heapify(left)
@@ -86,5 +102,5 @@ def least_over_all(
             heapreplace(left, halves[0])
             heappush(left, halves[1])
     except OutOfTimeError:
-        return min(n.at_least_s for n in left), False
-    return left[0].at_least_s, True
+        return left, False
+    return left, True

@@ -43,6 +43,10 @@ _MOST_DEVICES_IN_DETAIL = 256
 """With more, first stages are not told apart by their layers: it would take too long."""
 _MOST_CLASSES = 8
 """With more, what devices of a node share is not counted: it would take too long."""
+_OWN_LAYERS = (1, 1), (2, 2), (3, 4), (5, 1 << 20)
+"""Ranges that chains' own first stages are looked at in."""
+_LAYERS_RATIO = 1.5
+"""Where the largest of all first stages is known so well, each chain's own is looked at, too."""
 _EXACT_FIRST = 12
 """Up to so many layers of first stages, those with one or two less are looked at alone."""
 FOR_EVER_S = 1e30
@@ -97,8 +101,8 @@ class CaseSearch:
         fewest, most = microbatch_ranges(self.total, problem.job.parallelism.microbatches)
         self.fewest, self.most = fewest, most
         ranges = first_stage_ranges(problem.dims.layers)
-        self.firsts = [(layers, local) for layers in ranges for local in (False, True)]
-        self.in_detail = len(self.table.devices) <= _MOST_DEVICES_IN_DETAIL
+        self.firsts = ranges
+        self.in_detail = False
         self.layer_s = float(self.classes.layer_s.sum(axis=1).min())  # on the fastest device
         self.shallowest = self._shallowest()
         self._makeup = _makeup(self.classes, len(self.table.latency_s))
@@ -124,6 +128,11 @@ class CaseSearch:
                 "memory, or use a smaller microbatch or recomputation"
             )
         return int(depth)
+
+    @property
+    def worth_detail(self) -> bool:
+        """Whether the problem is small enough to look at more."""
+        return len(self.table.devices) <= _MOST_DEVICES_IN_DETAIL
 
     def most_microbatches(self) -> int:
         """Of any one pipeline."""
@@ -238,16 +247,24 @@ class CaseSearch:
             return False
         if not self._may_step_in(time_s, case, (1, self.problem.dims.layers)):
             return False
-        if self.problem.may_split or not self.in_detail:
+        if not self.in_detail:
             return True
-        for i, (largest, local) in enumerate(self.firsts):
-            if self._ends_early(time_s, case, largest, local):
-                continue
-            if self._may_step_in(time_s, case, largest, local):
-                # Next time, too, it may be the one.
-                self.firsts.insert(0, self.firsts.pop(i))
-                return True
-        return False
+        if self.problem.may_split:
+            return self._may_step_in(time_s, case, (1, self.problem.dims.layers), visits=True)
+        return any(self._one_of(self.firsts, time_s, case, local) for local in (False, True))
+
+    def _one_of(
+        self, ranges: Sequence[tuple[int, int]], time_s: float, case: Case, local: bool
+    ) -> bool:
+        """Whether it may with first stages of one of ``ranges``: all together, then by halves."""
+        largest = ranges[0][0], ranges[-1][1]
+        if self._ends_early(time_s, case, largest, local):
+            return False
+        if not self._may_step_in(time_s, case, largest, local, visits=True):
+            return False
+        middle = len(ranges) // 2
+        halves = (ranges[:middle], ranges[middle:]) if middle else ()
+        return not halves or any(self._one_of(half, time_s, case, local) for half in halves)
 
     def _own_firsts(self, largest_first: tuple[int, int]) -> list[tuple[int, int]]:
         """Ranges (fewest, most) that first stages are looked at in, up to the largest.
@@ -255,7 +272,11 @@ class CaseSearch:
         What they sum over a NIC comes after all else of their own pipelines.
         """
         most = largest_first[1]
-        if most == 1 or not self.in_detail or (self.classes.node_size == 1).all():
+        if largest_first == (1, self.problem.dims.layers):
+            if len(self.table.devices) > _MOST_DEVICES_IN_DETAIL:
+                return [largest_first]
+            return [(a, min(b, most)) for a, b in _OWN_LAYERS if a <= most]
+        if most > _LAYERS_RATIO * largest_first[0] or (self.classes.node_size == 1).all():
             return [(1, most)]
         ends = sorted({most, most - 1, most - 2 if most < _EXACT_FIRST else most // 2} - {0, -1})
         return [(a + 1, b) for a, b in pairwise([0, *ends])]
@@ -283,8 +304,13 @@ class CaseSearch:
         case: Case,
         largest_first: tuple[int, int],
         first_local: bool | None = None,
+        visits: bool = False,
     ) -> bool:
-        """Of plans whose largest first stage has so many layers, and a cheap group or not."""
+        """Of plans whose largest first stage has so many layers, and a cheap group or not.
+
+        Args:
+            visits: whether it counts what stages of a node share.
+        """
         if self.layer_s * largest_first[0] > time_s * (1 + 1e-9):
             return False
         asked = self.fewest * self.layer_s <= time_s * (1 + 1e-9)
@@ -325,11 +351,11 @@ class CaseSearch:
         fewest, most = case.pipelines
         nics = self._nic_messages(time_s, classes)
         limits = Limits(most, fewest, job.scaling.max_devices, options.max_dollars_per_hour, nics)
-        if np.isinf(nics).all():
+        if not visits or np.isinf(nics).all():
             return can_reach(self.total, worth, chains, classes, limits)
         longest = np.where(np.isfinite(nics), classes.node_size, 1)
-        visits = partial(VisitChains, chains, longest, microbatches)
-        return can_reach(self.total, worth, chains, classes, limits, visits)
+        sharing = partial(VisitChains, chains, longest, microbatches)
+        return can_reach(self.total, worth, chains, classes, limits, sharing)
 
     def _nic_messages(self, time_s: float, classes: DeviceClasses) -> Floats:
         """``[classes]``; messages each way that all NICs of its nodes have time for.

@@ -350,7 +350,8 @@ class _Stage:
         backward_s = (self.backward_s[0] + self.backward_s[1] * highest).max(axis=2, keepdims=True)
         least = self.optimizer_s[0] + self.optimizer_s[1] * own
         # A worker sums its groups from the last of their starts; a NIC those that start by then.
-        for (constant, per_layer), layers in ((self.sync_s, largest), (self.nic_s, own)):
+        largest_or_own = np.maximum(largest, own)
+        for (constant, per_layer), layers in ((self.sync_s, largest_or_own), (self.nic_s, own)):
             after_s = constant + self.optimizer_s[0] + (per_layer + self.optimizer_s[1]) * layers
             least = np.maximum(least, after_s - backward_s)
         found: Floats = np.maximum(least, self.tied_nic_s - backward_s)
