@@ -7,7 +7,7 @@ most part asleep.  Everything else is the runtime's own.
 
     in one room     no delays                       what all others are held against
     plain           1F1B, all-reduce, fp32 messages
-    best            what the planner chooses with int4 activations and int8 gradients
+    best            what the planner chooses with int8 activations and int8 gradients
     best, delayed   the same, and sums have the whole of the next step to come round
     local SGD       the same, and pipelines that merge every few steps (DiLoCo)
     torch           torch.distributed.pipelining, GPipe and 1F1B, all-reduce
@@ -76,7 +76,7 @@ class Case:
 PLAIN: dict[str, dict[str, Any]] = {
     "parallelism": {"gradient_sync": "allreduce", "extra_warmup": 0},
 }
-BEST: dict[str, dict[str, Any]] = {"codecs": {"activations": "int4", "gradients": "int8"}}
+BEST: dict[str, dict[str, Any]] = {"codecs": {"activations": "int8", "gradients": "int8"}}
 DELAYED = {**BEST, "parallelism": {"delay_steps": 1}}
 ROUND, ROUNDS = 2, 4
 LOCAL: dict[str, Any] = {
@@ -186,7 +186,7 @@ def main() -> None:
         "--scale", type=float, default=0.0015, help="what bandwidths are multiplied by"
     )
     parser.add_argument("--forward-ms", type=float, default=60.0, help="of a stage and microbatch")
-    parser.add_argument("--microbatches", type=int, default=96, help="of a step, both pipelines")
+    parser.add_argument("--microbatches", type=int, default=128, help="of a step, both pipelines")
     parser.add_argument("--dim", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--only", action="append", choices=[c.name for c in CASES])

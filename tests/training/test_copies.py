@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,7 +14,13 @@ from ray_train_geo.cluster.topology import Device, Link, Topology
 from ray_train_geo.errors import AbortedError, TransportError
 from ray_train_geo.model.catalog import ModelDims, parameter_shapes
 from ray_train_geo.planning.plan import PipelinePlan, Plan, StagePlan
-from ray_train_geo.training.copies import Copier, CopyDuty, copy_duties, copy_interval
+from ray_train_geo.training.copies import (
+    Copier,
+    CopyDuty,
+    copy_duties,
+    copy_interval,
+    spare_keepers,
+)
 from ray_train_geo.training.memory import Memory, Snapshot
 from ray_train_geo.training.precision import LossScale
 from ray_train_geo.transport.state_stream import StateServer, Streams
@@ -82,6 +89,21 @@ def test_the_interval_bounds_what_waiting_costs(bandwidth: float, interval: int)
     waited_s = max(0.0, max(sizes) / bandwidth - one.predicted_step_s)
     assert waited_s <= 0.03 * found * one.predicted_step_s
     assert (found == 1) == (interval == 1)
+
+
+def test_residuals_are_copied_to_the_nearest_other_node_where_links_have_room() -> None:
+    where = topology("x/a", "y/b", "x/c", "y/d")
+    parameters = sum(math.prod(shape) for shape in parameter_shapes(DIMS).values())
+    near, far = Link(0.0, 4 * parameters / 0.09), Link(0.0, 4 * parameters / 0.2)
+    near_links = {("x", "x"): near, ("y", "y"): near}
+    four = plan(where, (4,), (4,), (4,), (4,))
+    regions = replace(where, default_link=far, region_links=near_links)
+    assert spare_keepers(four, DIMS, regions) == {0: 2, 1: 3, 2: 0, 3: 1}
+    assert spare_keepers(four, DIMS, replace(where, default_link=far)) == {}
+    one = topology("x/a", "x/a")
+    assert spare_keepers(plan(one, (4,), (4,)), DIMS, one) == {}
+    two = topology("x/a", "x/b")
+    assert spare_keepers(plan(two, (2, 2)), DIMS, two) == {}, "sums with nobody"
 
 
 def snapshot(step: int) -> Snapshot:

@@ -7,6 +7,7 @@ import pytest
 from ray_train_geo.errors import WorkerError
 from ray_train_geo.training.precision import LossScale
 from ray_train_geo.training.standing import (
+    Bequest,
     Holding,
     Standing,
     Totals,
@@ -78,3 +79,22 @@ def test_a_step_that_is_not_committed_is_nobodys() -> None:
     # After a generation that was never built nobody knows it but the coordinator.
     nobody = {worker: stands(None, None, None, *s.holdings) for worker, s in standings.items()}
     assert common_state(nobody, "xy", 8) == common
+
+
+def test_who_comes_takes_over_what_is_left_behind() -> None:
+    def holding(residuals: str, *spares: tuple[str, str]) -> Holding:
+        scale = LossScale(1.0, 0)
+        return Holding(5, 5, scale, frozenset("w"), frozenset(residuals), frozenset(spares))
+
+    standings = {
+        "a": Standing(5, None, None, (), (holding("w", ("w", "lost")),)),
+        "b": Standing(5, None, None, (), (holding("w", ("w", "a"), ("w", "lost")),)),
+        "leaves": Standing(5, None, None, (), (holding("w"),)),
+    }
+    common = common_state(standings, ["w"])
+    assert common is not None
+    assert common.spares == {"w": (("lost", "a"),)}, "a has its own, and one copy is enough"
+    assert common.bequests({"w": ["a", "new", "b"]}) == {
+        "new": {"w": [Bequest("leaves")]},
+        "a": {"w": [Bequest("a", "lost")]},
+    }
