@@ -14,9 +14,10 @@ SPLIT = [(0, [0, 4]), (1, [0, 2]), (1, [2, 4])]
 
 def generation(number: int, stages: list[tuple[int, list[int]]]) -> Any:
     """As a run tells it; this process has rank 0, and the others are gone."""
+    pids = [os.getpid(), *range(2**22 + 1, 2**22 + len(stages))]  # Linux gives none of these
     workers = [
-        {"pid": os.getpid() if not rank else 2**22 + rank, "rank": rank, "pipeline": p, "layers": layers}
-        for rank, (p, layers) in enumerate(stages)
+        {"pid": pids[rank], "rank": rank, "pipeline": pipeline, "layers": layers}
+        for rank, (pipeline, layers) in enumerate(stages)
     ]
     event = {"generation": number, "workers": workers}
     return SimpleNamespace(generation=event, coordinator_pid=None)
