@@ -8,12 +8,13 @@ its part of the bytes of the step that goes with it; the resource needs ``every_
     |---------| compute_s, of the slowest stage: rounds are no closer
 
     left[k] = max(ready[k] + transfer_s, left[k - 1] + every_s)
-    transfer_s = alone_s + (every_s - alone_s) / 2 * min(1, every_s / compute_s)
+    transfer_s = joint_s + (every_s - joint_s) / 2 * min(1, every_s / compute_s)
 
-So a flow's next message leaves no sooner than a round after its last.  A message that needs
-``alone_s`` if it meets nobody waits besides for half of the others on average, if the round is
-under way when it comes: always, or as often as the resource is busy.  And the last message is not
-through before the resource has carried all that goes over it since the first.
+So a flow's next message leaves no sooner than a round after its last.  A message needs ``joint_s``
+with those that are sent at the same time, the same hop of pipelines that compute alike; if there
+are none, what it needs alone.  It waits besides for half of the others on average, if the round
+is under way when it comes: always, or as often as the resource is busy.  And the last message is
+not through before the resource has carried all that goes over it since the first.
 
 In the long run a resource carries what it can and no more, shared by the bytes that flows have to
 send.  Nothing depends on when others send: all is a maximum of sums (a max-plus system: Baccelli
@@ -32,7 +33,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ray_train_geo.schedule.timeline import Hop
-from ray_train_geo.simulation.work import Flow, PipelineWork
+from ray_train_geo.simulation.work import PipelineWork
 
 __all__ = ["SharedHop", "SharedWire", "shared_hops"]
 
@@ -118,18 +119,21 @@ def shared_hops(
         seconds_per_byte: ``[resources]``; what the flows' ``resources`` number; 0 is no limit.
     """
     loads: defaultdict[int, _Load] = defaultdict(_Load)
+    together: defaultdict[object, float] = defaultdict(float)  # bytes of a round, in step
     phases = [_in_phases(p) for p in pipelines]
     for p, in_phases in zip(pipelines, phases, strict=True):
         own: defaultdict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for way, flows in enumerate((p.down, p.up)):
-            for flow in flows:
+            for number, flow in enumerate(flows):
                 for r in flow.resources:
                     own[r][way] += p.microbatches * flow.size_bytes
+                    together[r, way, number, _pace(p)] += flow.size_bytes
         for r, (down, up) in own.items():
             both = down > 0 and up > 0
             loads[r] += _Load(down, up, 0.0, both) if in_phases else _Load(mixed=down + up)
 
-    def hop(flow: Flow, way: int, p: PipelineWork, in_phases: bool) -> Hop | SharedHop:
+    def hop(number: int, way: int, p: PipelineWork, in_phases: bool) -> Hop | SharedHop:
+        flow = (p.up if way else p.down)[number]
         per_byte = [float(seconds_per_byte[r]) for r in flow.resources]
         alone_s = flow.size_bytes * max(flow.seconds_per_byte, *per_byte, 0.0)
         busy = (
@@ -140,13 +144,18 @@ def shared_hops(
             return Hop(flow.latency_s, alone_s, flow.cold_s)
         # every_s is above 0; who computes for no time finds the resource busy.
         met = every_s / max(every_s, _compute_s(p, way if in_phases else None))
-        transfer_s = alone_s + (every_s - alone_s) / 2 * met
+        joint = [
+            together[r, way, number, _pace(p)] * s
+            for r, s in zip(flow.resources, per_byte, strict=True)
+        ]
+        joint_s = max(alone_s, *joint)
+        transfer_s = joint_s + (every_s - joint_s) / 2 * met
         return SharedHop(flow.latency_s, transfer_s, every_s, p.microbatches, flow.cold_s)
 
     return [
         (
-            tuple(hop(flow, 0, p, in_phases) for flow in p.down),
-            tuple(hop(flow, 1, p, in_phases) for flow in p.up),
+            tuple(hop(number, 0, p, in_phases) for number in range(len(p.down))),
+            tuple(hop(number, 1, p, in_phases) for number in range(len(p.up))),
         )
         for p, in_phases in zip(pipelines, phases, strict=True)
     ]
@@ -156,6 +165,12 @@ def _in_phases(pipeline: PipelineWork) -> bool:
     """Whether the last stage runs all its forwards before its first backward."""
     kinds = [a.kind for a in pipeline.actions[-1]]
     return "F" not in kinds[kinds.index("B") :] if "B" in kinds else False
+
+
+def _pace(pipeline: PipelineWork) -> object:
+    """Equal for pipelines that compute alike."""
+    times = pipeline.forward_s, pipeline.backward_s, pipeline.weight_s
+    return times, pipeline.microbatches
 
 
 def _compute_s(pipeline: PipelineWork, way: int | None) -> float:

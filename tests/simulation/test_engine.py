@@ -52,7 +52,7 @@ def test_in_the_long_run_flows_share_by_their_bytes():
 def test_who_seldom_sends_waits_seldom():
     # Both send 10 bytes every 10 s, over 10 B/s: a round takes 2 s, of which one is one's own.
     hop = Flow(0.0, 10.0, 0.1, (0,))
-    a, _ = simulate([pair(9, hop, FREE, 10.0, 1.0)] * 2, [0.1])
+    a, _ = simulate([pair(9, hop, FREE, 10.0, 1.0), pair(9, hop, FREE, 10.0, 2.0)], [0.1])
     assert starts(a, 1)["F4"] == pytest.approx(50.0 + 1.0 + 0.5 * 2 / 10)
 
 

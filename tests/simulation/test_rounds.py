@@ -48,12 +48,19 @@ def test_who_seldom_sends_seldom_waits():
     # A round takes 16 s, and 8 of them are one's own.
     waits_s = []
     for compute_s in (1.0, 16.0, 32.0, 1600.0):
-        work = pair(0, seconds=(compute_s, 0.0))
-        waits_s.append(downs([work, work], [1.0])[0].transfer_s - 8.0)
+        work, other = pair(0, seconds=(compute_s, 0.0)), pair(0, seconds=(2.0, 2.0))
+        waits_s.append(downs([work, other], [1.0])[0].transfer_s - 8.0)
     assert waits_s == pytest.approx([4.0, 4.0, 2.0, 0.04])
     # A stage that alternates is busy with both.
     both = pair(0, seconds=(8.0, 24.0), schedule=alternating)
-    assert downs([both, both], [1.0])[0].transfer_s == pytest.approx(8.0 + 2.0)
+    assert downs([both, other], [1.0])[0].transfer_s == pytest.approx(8.0 + 2.0)
+
+
+def test_the_same_hop_of_pipelines_that_compute_alike_sends_at_the_same_time():
+    work, other = pair(0, seconds=(1600.0, 0.0)), pair(0, seconds=(1.0, 0.0))
+    assert downs([work] * 3, [1.0])[0].transfer_s == 24.0
+    with_other = downs([work, work, other], [1.0])[0]
+    assert with_other.transfer_s == pytest.approx(16.0 + 4.0 * 24 / 1600)
 
 
 def test_what_one_flow_alone_uses_is_part_of_its_link():
