@@ -342,9 +342,9 @@ class CaseSearch:
             case.tail,
             largest_first=largest_first,
             own_first=(own_first[0], own_first[1]),
-            first_local=first_local,
+            first_local=None if case.sync.floor == case.sync.beyond else first_local,
             allowed=within[:, index],
-            beyond=~inside[index],
+            beyond=~(inside[index] | case.sync.leaves),
         )
         worth = self.most[asked][number].astype(float)
         job, options = self.problem.job, self.problem.options
