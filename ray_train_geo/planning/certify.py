@@ -5,7 +5,8 @@ does at most so many microbatches; are there enough devices for pipelines that d
 not, no plan steps in ``T``.  Bisection gives the largest such ``T``::
 
     T -> layers that a device can take, by microbatches and place     certify_time
-      -> the cheapest chain of devices for each count of microbatches  certify_chains
+      -> the cheapest chain of devices for each count of microbatches  certify_chains, and
+         with what stages of a node share                              certify_visits
       -> most microbatches of all pipelines together                   certify_packing
 
 How much of ``T`` goes to summing gradients depends on where pipelines are, which depends on
@@ -87,7 +88,7 @@ def step_time_bound(
         ranges = [replace(numbers, exact=False) for numbers in ranges]
         ranges, complete = looked_over(ranges, search.least_of, enough_s, known=True)
         best = min(numbers.at_least_s for numbers in ranges)
-    argument = search.argument(modes)
+    argument = _argument(search, modes)
     if not complete:
         argument += "; weak because there was no time to look at all plans"
     return Bound(best * (1 - TOLERANCE), argument)
@@ -140,3 +141,22 @@ def dollars_bound(
     if not price.all():
         argument = "some devices are free, so that the bound is weak: " + argument
     return Bound(dollars * (1 - TOLERANCE), argument)
+
+
+def _argument(search: CaseSearch, modes: Sequence[GradientSyncName]) -> str:
+    """What the bound on step time rests on."""
+    text = (
+        "pipelines of whole layers on the devices that there are, their memory, fill and "
+        f"drain, and the least that {' or '.join(modes)} must move after the last backward"
+    )
+    weak = []
+    if len(search.hop_merges) > 16:
+        weak.append("links differ pair by pair, and only the best of them are counted")
+    if (np.bincount(search.table.node) > 1).any():
+        weak.append("pipelines whose stages meet on a node are not told apart by their layers")
+    if search.table.uplink_seconds_per_byte.any():
+        weak.append("uplinks are counted only as all of a region's together")
+    cuts = search.problem.job.stage_boundaries()
+    if cuts is not None and len(cuts) > 1:
+        weak.append("the job's different boundaries per pipeline are not looked at")
+    return text + (f"; weak because {' and '.join(weak)}" if weak else "")

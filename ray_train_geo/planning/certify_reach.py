@@ -18,9 +18,10 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ray_train_geo.planning.certify_chains import DeviceClasses
 from ray_train_geo.planning.link_table import Floats, Ints
 
-__all__ = ["Reach"]
+__all__ = ["Reach", "makeup"]
 
 Bools = NDArray[np.bool_]
 
@@ -34,7 +35,7 @@ class Reach:
     Args:
         merges: as :func:`~ray_train_geo.planning.certify_sync.components` gives them, of the time
             of a message.
-        makeup: ``[sites]``; equal numbers for sites with equal devices.
+        makeup: ``[sites]``, as :func:`makeup` gives it.
         meet: sites of which every pipeline passes one.
         least_s: a message takes over some hop of every pipeline.
     """
@@ -96,3 +97,14 @@ def _kinds(labels: Ints, makeup: Sequence[int], meet: Bools) -> Bools:
     if len(found) > _MOST_KINDS:
         together = np.logical_or.reduce(together, axis=0)[None, :]
     return together
+
+
+def makeup(classes: DeviceClasses, sites: int) -> list[int]:
+    """``[sites]``; equal numbers for sites with equal devices."""
+    numbers: dict[tuple[tuple[int, int], ...], int] = {}
+    found = []
+    for site in range(sites):
+        here = np.flatnonzero(classes.site == site)
+        devices = sorted((int(classes.kind[c]), int(classes.count[c])) for c in here)
+        found.append(numbers.setdefault(tuple(devices), len(numbers)))
+    return found

@@ -17,7 +17,7 @@ from ray_train_geo.planning.certify_nics import busiest_nic_s
 from ray_train_geo.planning.certify_numbers import Numbers, OutOfTimeError
 from ray_train_geo.planning.certify_packing import Limits, can_reach
 from ray_train_geo.planning.certify_ranges import first_stage_ranges, microbatch_ranges
-from ray_train_geo.planning.certify_reach import Reach
+from ray_train_geo.planning.certify_reach import Reach, makeup
 from ray_train_geo.planning.certify_sync import (
     GroupFloor,
     SyncCase,
@@ -105,7 +105,7 @@ class CaseSearch:
         self.in_detail = False
         self.layer_s = float(self.classes.layer_s.sum(axis=1).min())  # on the fastest device
         self.shallowest = self._shallowest()
-        self._makeup = _makeup(self.classes, len(self.table.latency_s))
+        self._makeup = makeup(self.classes, len(self.table.latency_s))
         self._reaches: dict[tuple[tuple[bool, ...], bool], Reach] = {}
 
     def _cheapest_hop_s(self, across_s: Floats) -> tuple[float, float]:
@@ -342,9 +342,9 @@ class CaseSearch:
             case.tail,
             largest_first=largest_first,
             own_first=(own_first[0], own_first[1]),
-            first_local=first_local,
+            first_local=None if case.sync.floor == case.sync.beyond else first_local,
             allowed=within[:, index],
-            beyond=~inside[index],
+            beyond=~(inside[index] | case.sync.leaves),
         )
         worth = self.most[asked][number].astype(float)
         job, options = self.problem.job, self.problem.options
@@ -417,32 +417,3 @@ class CaseSearch:
         )
         rounds = self.problem.dims.layers * tail.hop_s[1]
         return float((self.total + 1) * stage_s.max() + rounds) + tail.tied_s
-
-    def argument(self, modes: Sequence[GradientSyncName]) -> str:
-        """What the bound on step time rests on."""
-        text = (
-            "pipelines of whole layers on the devices that there are, their memory, fill and "
-            f"drain, and the least that {' or '.join(modes)} must move after the last backward"
-        )
-        weak = []
-        if len(self.hop_merges) > 16:
-            weak.append("links differ pair by pair, and only the best of them are counted")
-        if (np.bincount(self.table.node) > 1).any():
-            weak.append("messages between stages are taken to share no NIC")
-        if self.table.uplink_seconds_per_byte.any():
-            weak.append("uplinks are counted only as all of a region's together")
-        cuts = self.problem.job.stage_boundaries()
-        if cuts is not None and len(cuts) > 1:
-            weak.append("the job's different boundaries per pipeline are not looked at")
-        return text + (f"; weak because {' and '.join(weak)}" if weak else "")
-
-
-def _makeup(classes: DeviceClasses, sites: int) -> list[int]:
-    """``[sites]``; equal numbers for sites with equal devices."""
-    numbers: dict[tuple[tuple[int, int], ...], int] = {}
-    found = []
-    for site in range(sites):
-        here = np.flatnonzero(classes.site == site)
-        devices = sorted((int(classes.kind[c]), int(classes.count[c])) for c in here)
-        found.append(numbers.setdefault(tuple(devices), len(numbers)))
-    return found

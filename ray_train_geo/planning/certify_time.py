@@ -12,6 +12,9 @@ With ``m`` microbatches, a stage of ``k`` layers behind ``l`` others, forward ``
   all layers must: ``l f' + m k w - k b + (l + k) cut + optimizer k``
 
 where ``f'``, ``w'`` are the fastest device's, and there are at least ``l / most`` hops above.
+The group of the first layer starts with the last backward of *all* first stages, so that
+``exposed`` is at least what the largest of them sums.  Groups on few nodes keep some node's NIC
+busy, wherever they are.
 Where weight gradients may be computed apart, that may be after a stage's last message: then the
 first of these is not asked, and the last one for the stage's own layers alone.  Each is linear in
 ``k``, so that each gives the most layers in closed form.
