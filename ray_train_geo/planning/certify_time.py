@@ -139,12 +139,13 @@ def chains_in_time(
     hops = np.ceil(above / longest)
     down_s = above * fastest[0] + hops * tail.hop_s[0]
     round_s = down_s if problem.may_split else above * fastest.sum() + hops * tail.hop_s[1]
-    fewest, highest = largest_first or (1, layers)
-    own = np.ones_like(many)
+    largest = largest_first or (1, layers)
+    own, highest = np.ones_like(many), np.full_like(many, largest[1])
     if own_first is not None:
-        own, highest = (np.minimum(x[:, None, None], highest) for x in own_first)
+        own = np.minimum(own_first[0][:, None, None], largest[1])
+        highest = np.minimum(own_first[1][:, None, None], largest[1])
     exposed_s = np.minimum.reduce(
-        [s[0].exposed_s(fewest, own, np.minimum(highest, of_class)) for s in firsts]
+        [s[0].exposed_s(largest[0], own, np.minimum(highest, of_class)) for s in firsts]
     )
     exposed_s = exposed_s * (not problem.may_split)
 
@@ -168,7 +169,7 @@ def chains_in_time(
         )
         on_first = of in (0, 3)
         options = firsts if on_first else either
-        found = np.maximum.reduce([s[of].most_layers(many, *left, lasting) for s in options])
+        found: Ints = np.maximum.reduce([s[of].most_layers(many, *left, lasting) for s in options])
         found = np.minimum(found, memory)
         if on_first and first_local:
             found = np.where(far, 0, found)
