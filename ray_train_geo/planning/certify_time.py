@@ -28,7 +28,7 @@ layers, are at most ``h / round trip`` a second (Little's law)::
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -130,7 +130,10 @@ def chains_in_time(
         either.append(stages(np.ones_like(far)))
     firsts = either
     if first_local is not None:
-        firsts = [stages(far)] if first_local else [stages(np.ones_like(far))]
+        firsts = [stages(far)]
+        if not first_local:
+            apart = zip(firsts[0], stages(np.ones_like(far)), strict=True)
+            firsts = [[own.with_first_layer_of(other) for own, other in apart]]
     _, inner, last, _ = either[0]
 
     longest = np.floor(left_s / (many * inner.work_s[1]) * (1 + _SLACK) + _SLACK)
@@ -314,6 +317,14 @@ class _Stage:
             packed_s=(packed * extra, packed * layer),
             tied_nic_s=shares_tokens * tail.tied_nic_s,
         )
+
+    def with_first_layer_of(self, other: _Stage) -> _Stage:
+        """This, if one layer is summed as in ``other``: its group has members elsewhere.
+
+        Groups of further layers may have none.
+        """
+        first = other.sync_s[0] + other.sync_s[1] - self.sync_s[1]
+        return replace(self, sync_s=(first, self.sync_s[1]), packed_s=other.packed_s)
 
     def most_layers(
         self, many: Ints, round_left_s: Floats, down_left_s: Floats, cut_s: Floats, lasting: bool
