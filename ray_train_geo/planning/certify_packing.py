@@ -138,7 +138,7 @@ def pack(
             used = np.bincount(chain.classes, minlength=count).astype(float)
             found.append(chain)
             values.append(float(worth[question]))
-            sent = np.array(chain.messages)[shared] if len(shared) else []
+            sent = np.array(chain.messages)[shared] if len(shared) else np.zeros(0)
             columns.append(np.concatenate([used, rows @ used, sent]))
         reached, prices, a_pipeline = _best_mix(values, columns, most, limits)
         if target is not None and reached >= target:

@@ -288,9 +288,10 @@ class CaseSearch:
         sync = case.sync
         if not local and sync.floor == sync.beyond:
             return True
-        group = sync.floor if local else sync.beyond
+        group = sync.floor if local else sync.beyond  # of the first layer
         size = self.problem.gradient_bytes * float(layer_parameters(self.problem.dims))
-        sync_s = group.latency_s + largest_first[0] * size * group.seconds_per_byte
+        sync_s = group.latency_s + size * group.seconds_per_byte
+        sync_s += (largest_first[0] - 1) * size * sync.floor.seconds_per_byte
         classes, layers = self.classes, largest_first[1]
         if self.shallowest == 1:  # an only stage has all of them
             layers = self.problem.dims.layers

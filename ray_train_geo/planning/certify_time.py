@@ -28,7 +28,7 @@ layers, are at most ``h / round trip`` a second (Little's law)::
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -130,7 +130,10 @@ def chains_in_time(
         either.append(stages(np.ones_like(far)))
     firsts = either
     if first_local is not None:
-        firsts = [stages(far)] if first_local else [stages(np.ones_like(far))]
+        firsts = [stages(far)]
+        if not first_local:
+            apart = zip(firsts[0], stages(np.ones_like(far)), strict=True)
+            firsts = [[own.with_first_layer_of(other) for own, other in apart]]
     _, inner, last, _ = either[0]
 
     longest = np.floor(left_s / (many * inner.work_s[1]) * (1 + _SLACK) + _SLACK)
@@ -139,12 +142,13 @@ def chains_in_time(
     hops = np.ceil(above / longest)
     down_s = above * fastest[0] + hops * tail.hop_s[0]
     round_s = down_s if problem.may_split else above * fastest.sum() + hops * tail.hop_s[1]
-    fewest, highest = largest_first or (1, layers)
-    own = np.ones_like(many)
+    largest = largest_first or (1, layers)
+    own, highest = np.ones_like(many), np.full_like(many, largest[1])
     if own_first is not None:
-        own, highest = (np.minimum(x[:, None, None], highest) for x in own_first)
+        own = np.minimum(own_first[0][:, None, None], largest[1])
+        highest = np.minimum(own_first[1][:, None, None], largest[1])
     exposed_s = np.minimum.reduce(
-        [s[0].exposed_s(fewest, own, np.minimum(highest, of_class)) for s in firsts]
+        [s[0].exposed_s(largest[0], own, np.minimum(highest, of_class)) for s in firsts]
     )
     exposed_s = exposed_s * (not problem.may_split)
 
@@ -168,7 +172,7 @@ def chains_in_time(
         )
         on_first = of in (0, 3)
         options = firsts if on_first else either
-        found = np.maximum.reduce([s[of].most_layers(many, *left, lasting) for s in options])
+        found: Ints = np.maximum.reduce([s[of].most_layers(many, *left, lasting) for s in options])
         found = np.minimum(found, memory)
         if on_first and first_local:
             found = np.where(far, 0, found)
@@ -313,6 +317,14 @@ class _Stage:
             packed_s=(packed * extra, packed * layer),
             tied_nic_s=shares_tokens * tail.tied_nic_s,
         )
+
+    def with_first_layer_of(self, other: _Stage) -> _Stage:
+        """This, if one layer is summed as in ``other``: its group has members elsewhere.
+
+        Groups of further layers may have none.
+        """
+        first = other.sync_s[0] + other.sync_s[1] - self.sync_s[1]
+        return replace(self, sync_s=(first, self.sync_s[1]), packed_s=other.packed_s)
 
     def most_layers(
         self, many: Ints, round_left_s: Floats, down_left_s: Floats, cut_s: Floats, lasting: bool

@@ -50,7 +50,7 @@ _CONSTRUCTIONS = 100_000
 _TO_CONSTRUCT, _TO_SEARCH, _TO_CERTIFY, _TO_PROVE = 0.4, 0.7, 0.8, 0.95
 """By which parts of the budget constructions, local search, the choice, and the bound are done."""
 
-_PATIENCE_S = 30.0
+_PATIENCE_S = 20.0
 """For the bound, of this process's own computing: others' load must not weaken a bound."""
 
 _PROMISING = 1.02
