@@ -45,7 +45,8 @@ def _main(pid: int, command: Sequence[str]) -> None:
             os._exit(127)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        os.kill(child, number)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(child, number)
 
     for number in _PASSED_ON:
         signal.signal(number, pass_on)
