@@ -349,9 +349,9 @@ class CaseSearch:
         )
         worth = self.most[asked][number].astype(float)
         job, options = self.problem.job, self.problem.options
-        fewest, most = case.pipelines
+        least, most = case.pipelines
         nics = self._nic_messages(time_s, classes)
-        limits = Limits(most, fewest, job.scaling.max_devices, options.max_dollars_per_hour, nics)
+        limits = Limits(most, least, job.scaling.max_devices, options.max_dollars_per_hour, nics)
         if not visits or np.isinf(nics).all():
             return can_reach(self.total, worth, chains, classes, limits)
         longest = np.where(np.isfinite(nics), classes.node_size, 1)

@@ -369,8 +369,9 @@ class _Stage:
         for (constant, per_layer), layers in ((self.sync_s, largest_or_own), (self.nic_s, own)):
             after_s = constant + self.optimizer_s[0] + (per_layer + self.optimizer_s[1]) * layers
             least = np.maximum(least, after_s - backward_s)
-        found: Floats = np.maximum(least, self.tied_nic_s - backward_s)
-        return found.min(axis=2, keepdims=True)
+        exposed_s = np.maximum(least, self.tied_nic_s - backward_s)
+        found: Floats = exposed_s.min(axis=2, keepdims=True)
+        return found
 
     def _after_backward(self, sync: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
         """Sync and update, less the last backward that they start with."""
