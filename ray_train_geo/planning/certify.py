@@ -5,8 +5,7 @@ does at most so many microbatches; are there enough devices for pipelines that d
 not, no plan steps in ``T``.  Bisection gives the largest such ``T``::
 
     T -> layers that a device can take, by microbatches and place     certify_time
-      -> the cheapest chain of devices for each count of microbatches  certify_chains, and
-         with what stages of a node share                              certify_visits
+      -> the cheapest chain of devices for each count of microbatches  certify_chains
       -> most microbatches of all pipelines together                   certify_packing
 
 How much of ``T`` goes to summing gradients depends on where pipelines are, which depends on
@@ -16,13 +15,13 @@ their hops: `certify_sync` lists the cases, and the bound is the least of all.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from ray_train_geo.errors import PlanError
 from ray_train_geo.planning.certify_chains import DeviceClasses
-from ray_train_geo.planning.certify_numbers import Numbers, looked_over
+from ray_train_geo.planning.certify_numbers import Numbers, least_over_all
 from ray_train_geo.planning.certify_ranges import pipeline_ranges
 from ray_train_geo.planning.certify_search import FOR_EVER_S, TOLERANCE, CaseSearch
 from ray_train_geo.planning.certify_time import chains_in_time
@@ -68,27 +67,20 @@ def step_time_bound(
         PlanError: no chain of devices has memory for the model, or is allowed.
     """
     search = CaseSearch(problem, codecs, expired)
-    if problem.job.local_sgd is not None or problem.job.parallelism.delay_steps:
+    if problem.job.local_sgd is not None:
         return Bound(
             search.compute_s,
-            "all devices compute all the time; weak: communication is not looked at under local "
-            "SGD, nor with delayed sums",
+            "all devices compute all the time; weak: local SGD's communication is not looked at",
         )
     ranges = [
         Numbers(search.compute_s, pipelines, mode)
         for pipelines in reversed(pipeline_ranges(*search.pipelines()))
         for mode in modes
     ]
-    ranges, complete = looked_over(ranges, search.least_of, enough_s)
-    best = min(numbers.at_least_s for numbers in ranges)
+    best, complete = least_over_all(ranges, search.least_of, enough_s)
     if not np.isfinite(best):
         raise PlanError("no plan keeps the job's limits: allow more devices or dollars per hour")
-    if complete and best < enough_s and search.worth_detail:
-        search.in_detail = True
-        ranges = [replace(numbers, exact=False) for numbers in ranges]
-        ranges, complete = looked_over(ranges, search.least_of, enough_s, known=True)
-        best = min(numbers.at_least_s for numbers in ranges)
-    argument = _argument(search, modes)
+    argument = search.argument(modes)
     if not complete:
         argument += "; weak because there was no time to look at all plans"
     return Bound(best * (1 - TOLERANCE), argument)
@@ -107,7 +99,7 @@ def dollars_bound(
         PlanError: no chain of devices has memory for the model.
     """
     search = CaseSearch(problem, codecs)
-    if problem.job.local_sgd is not None or problem.job.parallelism.delay_steps:
+    if problem.job.local_sgd is not None:
         alone = [
             lower_bound_s(problem.dims, problem.job.training, [d]) * d.price_per_hour
             for d in problem.topology.devices
@@ -116,7 +108,7 @@ def dollars_bound(
         return Bound(
             min(alone) / 3600 / (tokens / 1e6) * (1 - TOLERANCE),
             "the device that computes the cheapest does all; weak: memory and communication are "
-            "not looked at under local SGD, nor with delayed sums",
+            "not looked at under local SGD",
         )
     training, classes = problem.job.training, DeviceClasses.of(problem, largest_node=0)
     classes = classes.merged([0] * len(classes.count))
@@ -141,22 +133,3 @@ def dollars_bound(
     if not price.all():
         argument = "some devices are free, so that the bound is weak: " + argument
     return Bound(dollars * (1 - TOLERANCE), argument)
-
-
-def _argument(search: CaseSearch, modes: Sequence[GradientSyncName]) -> str:
-    """What the bound on step time rests on."""
-    text = (
-        "pipelines of whole layers on the devices that there are, their memory, fill and "
-        f"drain, and the least that {' or '.join(modes)} must move after the last backward"
-    )
-    weak = []
-    if len(search.hop_merges) > 16:
-        weak.append("links differ pair by pair, and only the best of them are counted")
-    if (np.bincount(search.table.node) > 1).any():
-        weak.append("pipelines whose stages meet on a node are not told apart by their layers")
-    if search.table.uplink_seconds_per_byte.any():
-        weak.append("uplinks are counted only as all of a region's together")
-    cuts = search.problem.job.stage_boundaries()
-    if cuts is not None and len(cuts) > 1:
-        weak.append("the job's different boundaries per pipeline are not looked at")
-    return text + (f"; weak because {' and '.join(weak)}" if weak else "")

@@ -13,16 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ray_train_geo.planning.cost import embedding_s, head_s, layer_s, optimizer_s
-from ray_train_geo.planning.link_table import Floats, Ints, LinkTable
+from ray_train_geo.planning.link_table import Floats, Ints
 from ray_train_geo.planning.memory import is_cpu
 from ray_train_geo.planning.problem import Problem
 
-Bools = NDArray[np.bool_]
-
-__all__ = ["Chain", "Chains", "Cheapest", "DeviceClasses", "NicRoom"]
+__all__ = ["Chain", "Chains", "Cheapest", "DeviceClasses"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,7 +32,6 @@ class DeviceClasses:
         layer_s, embedding_s, head_s: ``[classes, 2]``; forward and backward of one microbatch.
         optimizer_s: per parameter.
         node_size: devices of each of its nodes, of all classes together.
-        pure: whether all devices of its nodes are of its kind.
         nic_seconds_per_byte: ``[classes, 2]``; of a node: the slower direction, and one after the
             other.
     """
@@ -49,7 +45,6 @@ class DeviceClasses:
     head_s: Floats
     optimizer_s: Floats
     node_size: Ints
-    pure: Bools
     nic_seconds_per_byte: Floats
     price_per_hour: Floats
 
@@ -67,12 +62,10 @@ class DeviceClasses:
         if largest_node is not None:
             nic[size > largest_node] = 0.0
             size = np.where(size > largest_node, len(size), size)
-        pure = _pure(table)
         kinds: dict[tuple[float, ...], int] = {}
         members: dict[tuple[int, int], list[int]] = {}
         for i, d in enumerate(table.devices):
-            equal = d.flops_per_s, d.memory_bytes, is_cpu(d), d.price_per_hour
-            key = *equal, size[i], pure[i], *nic[i]
+            key = d.flops_per_s, d.memory_bytes, is_cpu(d), d.price_per_hour, size[i], *nic[i]
             kind = kinds.setdefault(key, len(kinds))
             members.setdefault((kind, int(table.site[i])), []).append(i)
         first = [group[0] for group in members.values()]
@@ -88,7 +81,6 @@ class DeviceClasses:
             head_s=np.array([head_s(dims, training, d) for d in examples]),
             optimizer_s=np.array([optimizer_s(1, d) for d in examples]),
             node_size=size[first],
-            pure=pure[first],
             nic_seconds_per_byte=nic[first],
             price_per_hour=np.array([d.price_per_hour for d in examples]),
         )
@@ -111,7 +103,6 @@ class DeviceClasses:
             head_s=self.head_s[first],
             optimizer_s=self.optimizer_s[first],
             node_size=self.node_size[first],
-            pure=self.pure[first],
             nic_seconds_per_byte=self.nic_seconds_per_byte[first],
             price_per_hour=self.price_per_hour[first],
         )
@@ -139,33 +130,10 @@ class DeviceClasses:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """One cheapest chain: class and layers of each stage.
-
-    Args:
-        messages: ``[classes]``; that it sends over NICs of their nodes, if these are counted.
-    """
+    """One cheapest chain: class and layers of each stage."""
 
     classes: tuple[int, ...]
     layers: tuple[int, ...]
-    messages: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class NicRoom:
-    """How many layers a stage can take behind ``o`` others of its visit.
-
-    That is ``(room - o * per_layer) / taken``, whole.
-
-    Args:
-        inner, last: ``[n, layers, classes]`` each: room, and what a layer of the stage takes of it.
-        per_layer: ``[classes]``; what a layer of the visit takes.
-        first: ``[classes]``; what the first visit takes besides.
-    """
-
-    inner: tuple[Floats, Floats]
-    last: tuple[Floats, Floats]
-    per_layer: Floats
-    first: Floats
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -178,7 +146,6 @@ class Chains:
             behind that many layers.
         only: ``[n, classes]``; on a pipeline's only stage.
         depth: that many stages; None: any number.
-        room: on the NICs of nodes, where it is looked at.
     """
 
     layers: int
@@ -187,14 +154,12 @@ class Chains:
     last: Ints
     only: Ints
     depth: int | None = None
-    room: NicRoom | None = None
 
-    def cheapest(self, price: Floats, end_price: Floats | None = None) -> Cheapest:
+    def cheapest(self, price: Floats) -> Cheapest:
         """The cheapest chain for every question.
 
         Args:
             price: ``[classes]``; of one device.
-            end_price: of what is taken of NICs, which is not looked at here.
         """
         return Cheapest(self, price)
 
@@ -261,15 +226,6 @@ class Cheapest:
             if ends and _row(chains.last, above)[q, c] >= layers - above:
                 return Chain(tuple(classes), (*taken, layers - above))
             most = int(_row(chains.inner, above)[q, c])
-
-
-def _pure(table: LinkTable) -> Bools:
-    """``[devices]``; whether all devices of its node are equal."""
-    kinds: dict[int, set[tuple[float, ...]]] = {}
-    for node, d in zip(table.node.tolist(), table.devices, strict=True):
-        kind = d.flops_per_s, d.memory_bytes, is_cpu(d), d.price_per_hour
-        kinds.setdefault(node, set()).add(kind)
-    return np.array([len(kinds[node]) == 1 for node in table.node.tolist()])
 
 
 def _row(table: Ints, above: int) -> Ints:

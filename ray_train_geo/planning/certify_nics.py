@@ -8,14 +8,11 @@ over that node's NIC, a ring at least ``2 (n - 1) / n`` times; nothing, if all a
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ray_train_geo.planning.link_table import Floats, Ints, LinkTable
 from ray_train_geo.spec import GradientSyncName
 
-Bools = NDArray[np.bool_]
-
-__all__ = ["busiest_nic_s", "node_share", "packed_nic_s"]
+__all__ = ["busiest_nic_s", "node_share"]
 
 
 def node_share(mode: GradientSyncName, members: int, node_size: Ints) -> Floats:
@@ -29,27 +26,6 @@ def node_share(mode: GradientSyncName, members: int, node_size: Ints) -> Floats:
         node_size: ``[...]``; devices of a node.
     """
     return np.where(members > node_size, _crossing(mode, members), 0.0)
-
-
-def packed_nic_s(table: LinkTable, mode: GradientSyncName, members: int, here: Bools) -> float:
-    """What some NIC needs for a byte of a group whose members are all ``here``, in seconds.
-
-    Of several groups, all of them together need the sum, on one NIC.  A sharded server moves
-    ``2 k (members - k) / members`` over the NIC of a node with ``k``: on average over all nodes
-    least where as many nodes as can be are full.
-
-    Args:
-        members: fewest of the group.
-        here: ``[devices]``
-    """
-    if mode != "sharded_ps":
-        return 0.0
-    nodes, sizes = np.unique(table.node[here], return_counts=True)
-    largest = int(sizes.max())
-    out, into = table.out_seconds_per_byte[nodes], table.in_seconds_per_byte[nodes]
-    full, rest = divmod(members, largest)
-    moved = full * largest * max(0, members - largest) + rest * (members - rest)
-    return 2 * moved / members / len(nodes) * float(np.maximum(out, into).min())
 
 
 def busiest_nic_s(

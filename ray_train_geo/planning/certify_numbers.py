@@ -16,7 +16,7 @@ from heapq import heapify, heappush, heapreplace
 
 from ray_train_geo.spec import GradientSyncName
 
-__all__ = ["Numbers", "OutOfTimeError", "least_over_all", "looked_over"]
+__all__ = ["Numbers", "OutOfTimeError", "least_over_all"]
 
 _CLOSE = 1.02
 """Numbers whose ratio is no more are not told apart."""
@@ -62,22 +62,6 @@ def least_over_all(
         least_s: the bound of a range, up to a limit; raises OutOfTimeError.
         enough_s: a larger bound is of no use.
     """
-    left, complete = looked_over(ranges, least_s, enough_s)
-    return min(n.at_least_s for n in left), complete
-
-
-def looked_over(
-    ranges: Sequence[Numbers],
-    least_s: Callable[[Numbers, float], float],
-    enough_s: float,
-    known: bool = False,
-) -> tuple[list[Numbers], bool]:
-    """All plans in ranges with a bound each, and whether the least is all that there is to say.
-
-    Args:
-        ranges: as in :func:`least_over_all`.
-        known: there are bounds already: only ranges that have the least are looked at.
-    """
     left = list(ranges)
 
     def looked_at(numbers: Numbers, limit_s: float) -> Numbers:
@@ -86,7 +70,7 @@ def looked_over(
 
     try:
         limit_s = enough_s
-        for i, numbers in enumerate([] if known else ranges):
+        for i, numbers in enumerate(ranges):
             left[i] = looked_at(numbers, limit_s)
             limit_s = min(limit_s, left[i].at_least_s)
         heapify(left)
@@ -102,5 +86,5 @@ def looked_over(
             heapreplace(left, halves[0])
             heappush(left, halves[1])
     except OutOfTimeError:
-        return left, False
-    return left, True
+        return min(n.at_least_s for n in left), False
+    return left[0].at_least_s, True

@@ -12,14 +12,13 @@ exactly ``P`` pipelines none is worth more than its devices cost and the best of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import linprog
 
 from ray_train_geo.planning.certify_chains import Chain, Chains, DeviceClasses
-from ray_train_geo.planning.certify_visits import VisitChains
 from ray_train_geo.planning.link_table import Floats
 
 __all__ = ["Limits", "Packing", "can_reach", "pack"]
@@ -43,14 +42,12 @@ class Limits:
     Args:
         pipelines: most of them.
         least_pipelines: a plan has no fewer.
-        nics: ``[classes]``; messages each way that the NICs of a class's nodes have time for.
     """
 
     pipelines: int | None = None
     least_pipelines: int = 0
     devices: int | None = None
     dollars_per_hour: float | None = None
-    nics: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,18 +65,12 @@ class Packing:
 
 
 def can_reach(
-    target: float,
-    worth: Floats,
-    chains: Chains,
-    classes: DeviceClasses,
-    limits: Limits,
-    visits: Callable[[], VisitChains] | None = None,
+    target: float, worth: Floats, chains: Chains, classes: DeviceClasses, limits: Limits
 ) -> bool:
     """Whether pipelines worth ``target`` in all may exist; False is a proof that they don't.
 
     Args:
         worth: ``[n]``; of a chain that answers question ``i`` of ``chains``.
-        visits: the same questions, where more is looked at: takes longer.
     """
     target *= 1 - _SLACK
     total = int(classes.count.sum())
@@ -87,15 +78,12 @@ def can_reach(
         total = min(total, limits.devices)
     if total <= _SMALL_POOL and _whole_pipelines(worth, chains, total, limits) < target:
         return False
-    apart = replace(limits, nics=None)
-    if pack(worth, chains, classes, apart, target).bound < target:
-        return False
-    return visits is None or pack(worth, visits(), classes, limits, target).bound >= target
+    return pack(worth, chains, classes, limits, target).bound >= target
 
 
 def pack(
     worth: Floats,
-    chains: Chains | VisitChains,
+    chains: Chains,
     classes: DeviceClasses,
     limits: Limits,
     target: float | None = None,
@@ -107,21 +95,15 @@ def pack(
         (classes.price_per_hour, limits.dollars_per_hour),
     ]
     rows = np.array([row for row, limit in named if limit is not None]).reshape(-1, count)
-    nics = np.full(count, np.inf) if limits.nics is None else limits.nics
-    shared = np.flatnonzero(np.isfinite(nics))
-    in_all = [x for _, x in named if x is not None]
-    most = np.array([*classes.count, *in_all, *nics[shared]], dtype=float)
-    prices = np.concatenate([1 / classes.layer_s.sum(axis=1), np.zeros(len(most) - count)])
+    most = np.array([*classes.count, *(x for _, x in named if x is not None)], dtype=float)
+    prices = np.concatenate([1 / classes.layer_s.sum(axis=1), np.zeros(len(rows))])
     a_pipeline = 0.0  # the price of being a pipeline; below 0, if there must be more of them
     found: list[Chain] = []
     values: list[float] = []
     columns: list[Floats] = []
     bound = np.inf
     for _ in range(_ROUNDS):
-        end_price = np.zeros(count)
-        end_price[shared] = prices[count + len(rows) :]
-        price = prices[:count] + prices[count : count + len(rows)] @ rows
-        cheapest = chains.cheapest(price, end_price)
+        cheapest = chains.cheapest(prices[:count] + prices[count:] @ rows)
         cost = cheapest.cost
         reachable = np.isfinite(cost) & (worth > 0)
         if not reachable.any():
@@ -138,8 +120,7 @@ def pack(
             used = np.bincount(chain.classes, minlength=count).astype(float)
             found.append(chain)
             values.append(float(worth[question]))
-            sent = np.array(chain.messages)[shared] if len(shared) else np.zeros(0)
-            columns.append(np.concatenate([used, rows @ used, sent]))
+            columns.append(np.concatenate([used, rows @ used]))
         reached, prices, a_pipeline = _best_mix(values, columns, most, limits)
         if target is not None and reached >= target:
             break

@@ -8,15 +8,13 @@ import numpy as np
 
 from ray_train_geo.planning.link_table import Ints
 
-__all__ = ["first_stage_ranges", "microbatch_ranges", "pipeline_ranges"]
+__all__ = ["microbatch_ranges", "pipeline_ranges"]
 
 _EXACT_COUNTS = 64
 _COUNT_RATIO = 1.01
 """Microbatch counts beyond the exact ones are looked at in ranges of this ratio."""
 _EXACT_PIPELINES = 12
 _PIPELINES_RATIO = 1.3
-_EXACT_LAYERS = 8
-_LAYERS_RATIO = 1.3
 
 
 def microbatch_ranges(total: int, given: Sequence[int] | None) -> tuple[Ints, Ints]:
@@ -35,11 +33,6 @@ def microbatch_ranges(total: int, given: Sequence[int] | None) -> tuple[Ints, In
 def pipeline_ranges(fewest: int, most: int) -> list[tuple[int, int]]:
     """Ranges (fewest, most) of numbers of pipelines."""
     return _growing(fewest, most, _EXACT_PIPELINES, _PIPELINES_RATIO)
-
-
-def first_stage_ranges(layers: int) -> list[tuple[int, int]]:
-    """Ranges (fewest, most) of the layers of a first stage."""
-    return _growing(1, layers, _EXACT_LAYERS, _LAYERS_RATIO)
 
 
 def _growing(first: int, last: int, exact: int, ratio: float) -> list[tuple[int, int]]:

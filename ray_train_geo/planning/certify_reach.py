@@ -13,15 +13,14 @@ loses nothing but who stands where.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_train_geo.planning.certify_chains import DeviceClasses
 from ray_train_geo.planning.link_table import Floats, Ints
 
-__all__ = ["Reach", "makeup"]
+__all__ = ["Reach"]
 
 Bools = NDArray[np.bool_]
 
@@ -35,7 +34,7 @@ class Reach:
     Args:
         merges: as :func:`~ray_train_geo.planning.certify_sync.components` gives them, of the time
             of a message.
-        makeup: ``[sites]``, as :func:`makeup` gives it.
+        makeup: ``[sites]``; equal numbers for sites with equal devices.
         meet: sites of which every pipeline passes one.
         least_s: a message takes over some hop of every pipeline.
     """
@@ -48,24 +47,12 @@ class Reach:
         least_s: float = 0.0,
     ) -> None:
         self._least_s = least_s
-        self._makeup = tuple(makeup)
         self._costs = np.array([cost for cost, _ in merges])
         alone = np.arange(len(makeup))
         self._kinds = [
             _kinds(labels, makeup, np.array(meet))
             for labels in (alone, *(labels for _, labels in merges))
         ]
-
-    def alike(self, meet: Sequence[bool]) -> Hashable:
-        """Equal where islands differ by the names of sites only.
-
-        Args:
-            meet: as given at first.
-        """
-        return self._least_s, tuple(
-            tuple(sorted(zip(self._makeup, meet, map(tuple, rows.T.tolist()), strict=True)))
-            for rows in self._kinds
-        )
 
     def islands(self, message_s: Floats) -> tuple[Ints, Bools]:
         """For each of ``n`` pipelines all kinds of islands that it can be on.
@@ -97,14 +84,3 @@ def _kinds(labels: Ints, makeup: Sequence[int], meet: Bools) -> Bools:
     if len(found) > _MOST_KINDS:
         together = np.logical_or.reduce(together, axis=0)[None, :]
     return together
-
-
-def makeup(classes: DeviceClasses, sites: int) -> list[int]:
-    """``[sites]``; equal numbers for sites with equal devices."""
-    numbers: dict[tuple[tuple[int, int], ...], int] = {}
-    found = []
-    for site in range(sites):
-        here = np.flatnonzero(classes.site == site)
-        devices = sorted((int(classes.kind[c]), int(classes.count[c])) for c in here)
-        found.append(numbers.setdefault(tuple(devices), len(numbers)))
-    return found

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import pairwise
 
 import numpy as np
 
@@ -16,8 +14,8 @@ from ray_train_geo.planning.certify_cuts import layer_sync_s, least_s, region_cu
 from ray_train_geo.planning.certify_nics import busiest_nic_s
 from ray_train_geo.planning.certify_numbers import Numbers, OutOfTimeError
 from ray_train_geo.planning.certify_packing import Limits, can_reach
-from ray_train_geo.planning.certify_ranges import first_stage_ranges, microbatch_ranges
-from ray_train_geo.planning.certify_reach import Reach, makeup
+from ray_train_geo.planning.certify_ranges import microbatch_ranges
+from ray_train_geo.planning.certify_reach import Reach
 from ray_train_geo.planning.certify_sync import (
     GroupFloor,
     SyncCase,
@@ -28,7 +26,6 @@ from ray_train_geo.planning.certify_sync import (
     within_nodes,
 )
 from ray_train_geo.planning.certify_time import Tail, chains_in_time
-from ray_train_geo.planning.certify_visits import VisitChains
 from ray_train_geo.planning.codecs import wire_bytes
 from ray_train_geo.planning.cost import lower_bound_s
 from ray_train_geo.planning.link_table import Floats, Ints, LinkTable
@@ -39,16 +36,12 @@ __all__ = ["FOR_EVER_S", "TOLERANCE", "CaseSearch"]
 
 TOLERANCE = 1e-3
 """Relative, of the bisection."""
+_FIRST_LAYERS = (1, 1), (2, 2), (3, 4), (5, 1 << 20)
+"""Ranges that a first stage's layers are looked at in: what they sync comes after all else."""
 _MOST_DEVICES_IN_DETAIL = 256
 """With more, first stages are not told apart by their layers: it would take too long."""
 _MOST_CLASSES = 8
 """With more, what devices of a node share is not counted: it would take too long."""
-_OWN_LAYERS = (1, 1), (2, 2), (3, 4), (5, 1 << 20)
-"""Ranges that chains' own first stages are looked at in."""
-_LAYERS_RATIO = 1.5
-"""Where the largest of all first stages is known so well, each chain's own is looked at, too."""
-_EXACT_FIRST = 12
-"""Up to so many layers of first stages, those with one or two less are looked at alone."""
 FOR_EVER_S = 1e30
 """A step time that every plan reaches, if it is one."""
 
@@ -99,13 +92,15 @@ class CaseSearch:
         self.hop_merges = components(self.hops_s)
         self.hop_s = self._cheapest_hop_s(latency + transfer)
         fewest, most = microbatch_ranges(self.total, problem.job.parallelism.microbatches)
-        self.fewest, self.most = fewest, most
-        ranges = first_stage_ranges(problem.dims.layers)
-        self.firsts = ranges
-        self.in_detail = False
+        first = [r for r in _FIRST_LAYERS if r[0] <= problem.dims.layers]
+        if len(self.table.devices) > _MOST_DEVICES_IN_DETAIL:
+            first = [(1, problem.dims.layers)]
+        self.fewest, self.most = np.tile(fewest, len(first)), np.tile(most, len(first))
+        lowest, highest = np.repeat(np.array(first), len(fewest), axis=0).T
+        self.first_layers = lowest, highest
         self.layer_s = float(self.classes.layer_s.sum(axis=1).min())  # on the fastest device
         self.shallowest = self._shallowest()
-        self._makeup = makeup(self.classes, len(self.table.latency_s))
+        self._makeup = _makeup(self.classes, len(self.table.latency_s))
         self._reaches: dict[tuple[tuple[bool, ...], bool], Reach] = {}
 
     def _cheapest_hop_s(self, across_s: Floats) -> tuple[float, float]:
@@ -128,11 +123,6 @@ class CaseSearch:
                 "memory, or use a smaller microbatch or recomputation"
             )
         return int(depth)
-
-    @property
-    def worth_detail(self) -> bool:
-        """Whether the problem is small enough to look at more."""
-        return len(self.table.devices) <= _MOST_DEVICES_IN_DETAIL
 
     def most_microbatches(self) -> int:
         """Of any one pipeline."""
@@ -202,7 +192,7 @@ class CaseSearch:
         """All cases of plans of so many pipelines; those over one cut together."""
         size = self.problem.gradient_bytes * float(layer_parameters(self.problem.dims))
         tail = self.tail(mode, pipelines)
-        found = self._distinct(sync_cases(self.table, mode, pipelines, size))
+        found = sync_cases(self.table, mode, pipelines, size)
         for cut_s, at_least_s in self._over_cuts(mode, pipelines[0]):
             over = replace(tail, cut_s=cut_s)
             yield [
@@ -214,14 +204,6 @@ class CaseSearch:
                 )
                 for sync in found
             ]
-
-    def _distinct(self, cases: Sequence[SyncCase]) -> list[SyncCase]:
-        """Of cases that differ by the names of sites only, the first."""
-        found: dict[Hashable, SyncCase] = {}
-        for case in cases:
-            alike = self._reach(case).alike(case.sites)
-            found.setdefault((case.floor, case.beyond, case.leaves, alike), case)
-        return list(found.values())
 
     def _over_cuts(self, mode: GradientSyncName, pipelines: int) -> list[tuple[float, float]]:
         """Cases: (sync of every layer over some cut, no step is shorter); in seconds."""
@@ -245,85 +227,15 @@ class CaseSearch:
             raise OutOfTimeError
         if time_s < case.at_least_s:
             return False
-        if not self._may_step_in(time_s, case, (1, self.problem.dims.layers)):
-            return False
-        if not self.in_detail:
-            return True
-        if self.problem.may_split:
-            return self._may_step_in(time_s, case, (1, self.problem.dims.layers), visits=True)
-        return any(self._one_of(self.firsts, time_s, case, local) for local in (False, True))
-
-    def _one_of(
-        self, ranges: Sequence[tuple[int, int]], time_s: float, case: Case, local: bool
-    ) -> bool:
-        """Whether it may with first stages of one of ``ranges``: all together, then by halves."""
-        largest = ranges[0][0], ranges[-1][1]
-        if self._ends_early(time_s, case, largest, local):
-            return False
-        if not self._may_step_in(time_s, case, largest, local, visits=True):
-            return False
-        middle = len(ranges) // 2
-        halves = (ranges[:middle], ranges[middle:]) if middle else ()
-        return not halves or any(self._one_of(half, time_s, case, local) for half in halves)
-
-    def _own_firsts(self, largest_first: tuple[int, int]) -> list[tuple[int, int]]:
-        """Ranges (fewest, most) that first stages are looked at in, up to the largest.
-
-        What they sum over a NIC comes after all else of their own pipelines.
-        """
-        most = largest_first[1]
-        if largest_first == (1, self.problem.dims.layers):
-            if len(self.table.devices) > _MOST_DEVICES_IN_DETAIL:
-                return [largest_first]
-            return [(a, min(b, most)) for a, b in _OWN_LAYERS if a <= most]
-        if most > _LAYERS_RATIO * largest_first[0] or (self.classes.node_size == 1).all():
-            return [(1, most)]
-        ends = sorted({most, most - 1, most - 2 if most < _EXACT_FIRST else most // 2} - {0, -1})
-        return [(a + 1, b) for a, b in pairwise([0, *ends])]
-
-    def _ends_early(
-        self, time_s: float, case: Case, largest_first: tuple[int, int], local: bool
-    ) -> bool:
-        """Whether too little time is left to compute all, or there is no such case."""
-        sync = case.sync
-        if not local and sync.floor == sync.beyond:
-            return True
-        group = sync.floor if local else sync.beyond  # of the first layer
-        size = self.problem.gradient_bytes * float(layer_parameters(self.problem.dims))
-        sync_s = group.latency_s + size * group.seconds_per_byte
-        sync_s += (largest_first[0] - 1) * size * sync.floor.seconds_per_byte
-        classes, layers = self.classes, largest_first[1]
-        if self.shallowest == 1:  # an only stage has all of them
-            layers = self.problem.dims.layers
-        backward_s = classes.embedding_s[:, 1] + layers * classes.layer_s[:, 1]
-        backward_s = backward_s + (self.shallowest == 1) * classes.head_s[:, 1]
-        return time_s - sync_s + float(backward_s.max()) < self.compute_s
-
-    def _may_step_in(
-        self,
-        time_s: float,
-        case: Case,
-        largest_first: tuple[int, int],
-        first_local: bool | None = None,
-        visits: bool = False,
-    ) -> bool:
-        """Of plans whose largest first stage has so many layers, and a cheap group or not.
-
-        Args:
-            visits: whether it counts what stages of a node share.
-        """
-        if self.layer_s * largest_first[0] > time_s * (1 + 1e-9):
-            return False
-        asked = self.fewest * self.layer_s <= time_s * (1 + 1e-9)
+        # What no first stage has time for is no question.
+        asked = self.fewest * self.first_layers[0] * self.layer_s <= time_s * (1 + 1e-9)
         if not asked.any():
             return False
+        fewest = self.fewest[asked]
         fewest = self.fewest[asked]
         number, within = self._reach(case.sync).islands(self._message_s(time_s, fewest))
         if not len(number):
             return False
-        own = self._own_firsts(largest_first)
-        number, within = np.tile(number, len(own)), np.tile(within, (len(own), 1))
-        own_first = np.repeat(np.array(own), len(number) // len(own), axis=0).T
         inside = np.array(case.sync.sites)
         classes = self.classes.merged(
             [
@@ -334,39 +246,21 @@ class CaseSearch:
             ]
         )
         index = self.table.site[[group[0] for group in classes.devices]]
-        microbatches = fewest[number]
         chains = chains_in_time(
             self.problem,
             classes,
             np.full(len(number), time_s),
-            microbatches,
+            fewest[number],
             case.tail,
-            largest_first=largest_first,
-            own_first=(own_first[0], own_first[1]),
-            first_local=None if case.sync.floor == case.sync.beyond else first_local,
+            first_layers=(self.first_layers[0][asked][number], self.first_layers[1][asked][number]),
             allowed=within[:, index],
-            beyond=~(inside[index] | case.sync.leaves),
+            beyond=~inside[index],
         )
         worth = self.most[asked][number].astype(float)
         job, options = self.problem.job, self.problem.options
-        least, most = case.pipelines
-        nics = self._nic_messages(time_s, classes)
-        limits = Limits(most, least, job.scaling.max_devices, options.max_dollars_per_hour, nics)
-        if not visits or np.isinf(nics).all():
-            return can_reach(self.total, worth, chains, classes, limits)
-        longest = np.where(np.isfinite(nics), classes.node_size, 1)
-        sharing = partial(VisitChains, chains, longest, microbatches)
-        return can_reach(self.total, worth, chains, classes, limits, sharing)
-
-    def _nic_messages(self, time_s: float, classes: DeviceClasses) -> Floats:
-        """``[classes]``; messages each way that all NICs of its nodes have time for.
-
-        Infinite where devices of a node share nothing, or only some are of the class.
-        """
-        each_s = self.message_bytes * classes.nic_seconds_per_byte[:, 0]
-        shared = classes.pure & (classes.node_size > 1) & (each_s > 0)
-        nodes = classes.count / classes.node_size
-        return np.where(shared, nodes * time_s / np.where(shared, each_s, 1.0), np.inf)
+        fewest, most = case.pipelines
+        limits = Limits(most, fewest, job.scaling.max_devices, options.max_dollars_per_hour)
+        return can_reach(self.total, worth, chains, classes, limits)
 
     def _message_s(self, time_s: float, microbatches: Ints) -> Floats:
         """Most that a message may take over a hop: the last has all others before it.
@@ -418,3 +312,32 @@ class CaseSearch:
         )
         rounds = self.problem.dims.layers * tail.hop_s[1]
         return float((self.total + 1) * stage_s.max() + rounds) + tail.tied_s
+
+    def argument(self, modes: Sequence[GradientSyncName]) -> str:
+        """What the bound on step time rests on."""
+        text = (
+            "pipelines of whole layers on the devices that there are, their memory, fill and "
+            f"drain, and the least that {' or '.join(modes)} must move after the last backward"
+        )
+        weak = []
+        if len(self.hop_merges) > 16:
+            weak.append("links differ pair by pair, and only the best of them are counted")
+        if (np.bincount(self.table.node) > 1).any():
+            weak.append("messages between stages are taken to share no NIC")
+        if self.table.uplink_seconds_per_byte.any():
+            weak.append("uplinks are counted only as all of a region's together")
+        cuts = self.problem.job.stage_boundaries()
+        if cuts is not None and len(cuts) > 1:
+            weak.append("the job's different boundaries per pipeline are not looked at")
+        return text + (f"; weak because {' and '.join(weak)}" if weak else "")
+
+
+def _makeup(classes: DeviceClasses, sites: int) -> list[int]:
+    """``[sites]``; equal numbers for sites with equal devices."""
+    numbers: dict[tuple[tuple[int, int], ...], int] = {}
+    found = []
+    for site in range(sites):
+        here = np.flatnonzero(classes.site == site)
+        devices = sorted((int(classes.kind[c]), int(classes.count[c])) for c in here)
+        found.append(numbers.setdefault(tuple(devices), len(numbers)))
+    return found

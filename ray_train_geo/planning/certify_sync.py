@@ -21,7 +21,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ray_train_geo.planning.certify_nics import packed_nic_s
 from ray_train_geo.planning.link_table import Floats, Ints, LinkTable
 from ray_train_geo.spec import GradientSyncName
 
@@ -43,15 +42,10 @@ _MOST_LEVELS = 12
 
 @dataclass(frozen=True, slots=True)
 class GroupFloor:
-    """A group that sums ``G`` bytes takes at least ``latency_s + G * seconds_per_byte``.
-
-    Args:
-        nic_seconds_per_byte: and some NIC is busy with it for so long, one group after the other.
-    """
+    """A group that sums ``G`` bytes takes at least ``latency_s + G * seconds_per_byte``."""
 
     latency_s: float = 0.0
     seconds_per_byte: float = 0.0
-    nic_seconds_per_byte: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +53,8 @@ class SyncCase:
     """Plans whose groups all take at least ``floor``, and whose pipelines all meet ``sites``.
 
     Args:
-        beyond: what groups that are not local take at least.
-        leaves: layers are local to other islands, too, and every pipeline has a hop between one
-            of ``sites`` and one of the others.
+        beyond: what groups with a member that is not on ``sites`` take at least.
+        leaves: every pipeline has a hop between one of ``sites`` and one of the others.
     """
 
     floor: GroupFloor
@@ -71,7 +64,7 @@ class SyncCase:
 
     def anywhere(self) -> SyncCase:
         """Nothing is said of where pipelines are."""
-        return SyncCase(self.floor, (True,) * len(self.sites), self.beyond)
+        return SyncCase(self.floor, (True,) * len(self.sites), self.floor)
 
 
 def between_nodes(table: LinkTable) -> tuple[Floats, Floats]:
@@ -108,10 +101,10 @@ def sync_cases(
     on_node = np.zeros(len(devices), dtype=np.int64)
     np.maximum.at(on_node, table.site, np.bincount(table.node)[table.node])
 
-    def at_least(value: float, nic: float = 0.0) -> GroupFloor:
+    def at_least(value: float) -> GroupFloor:
         """At least the pair's cost for the smallest group, and each byte more at the best rate."""
         rate = float(per_byte[cost >= value].min())
-        return GroupFloor(max(0.0, value - least_bytes * rate), rate, nic)
+        return GroupFloor(max(0.0, value - least_bytes * rate), rate)
 
     cases: list[SyncCase] = []
     if on_node.max() >= fewest:  # all of some group on one node, whose NIC is idle
@@ -126,16 +119,15 @@ def sync_cases(
     step = max(1, -(-len(values) // _MOST_LEVELS))
     for start in range(0, len(values), step):
         end = min(start + step, len(values))
+        floor = at_least(values[start])
+        beyond = at_least(values[end]) if end < len(values) else floor
         labels = merges[end - 1][1]
         islands = [labels == label for label in np.unique(labels)]
         large = [island for island in islands if devices[island].sum() >= fewest]
-        nics = [packed_nic_s(table, mode, fewest, island[table.site]) for island in large]
-        floor = at_least(values[start], min(nics, default=0.0))
-        beyond = at_least(values[end]) if end < len(values) else floor
         for sites in (tuple(island.tolist()) for island in large):
             cases.append(SyncCase(floor, sites, beyond))
             if len(large) > 1:
-                cases.append(SyncCase(floor, sites, beyond, leaves=True))
+                cases.append(SyncCase(floor, sites, floor, leaves=True))
     return cases
 
 

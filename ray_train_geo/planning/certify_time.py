@@ -12,9 +12,6 @@ With ``m`` microbatches, a stage of ``k`` layers behind ``l`` others, forward ``
   all layers must: ``l f' + m k w - k b + (l + k) cut + optimizer k``
 
 where ``f'``, ``w'`` are the fastest device's, and there are at least ``l / most`` hops above.
-The group of the first layer starts with the last backward of *all* first stages, so that
-``exposed`` is at least what the largest of them sums.  Groups on few nodes keep some node's NIC
-busy, wherever they are.
 Where weight gradients may be computed apart, that may be after a stage's last message: then the
 first of these is not asked, and the last one for the stage's own layers alone.  Each is linear in
 ``k``, so that each gives the most layers in closed form.
@@ -28,7 +25,7 @@ layers, are at most ``h / round trip`` a second (Little's law)::
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -39,7 +36,7 @@ from ray_train_geo.model.catalog import (
     head_parameters,
     layer_parameters,
 )
-from ray_train_geo.planning.certify_chains import Chains, DeviceClasses, NicRoom
+from ray_train_geo.planning.certify_chains import Chains, DeviceClasses
 from ray_train_geo.planning.certify_nics import node_share
 from ray_train_geo.planning.certify_sync import GroupFloor
 from ray_train_geo.planning.link_table import Floats, Ints
@@ -91,9 +88,7 @@ def chains_in_time(
     microbatches: Ints,
     tail: Tail,
     *,
-    largest_first: tuple[int, int] | None = None,
-    own_first: tuple[Ints, Ints] | None = None,
-    first_local: bool | None = None,
+    first_layers: tuple[Ints, Ints] | None = None,
     allowed: Bools | None = None,
     beyond: Bools | None = None,
     lasting: bool = False,
@@ -102,9 +97,7 @@ def chains_in_time(
 
     Args:
         time_s, microbatches: ``[n]``.
-        largest_first: fewest and most layers of the plan's largest first stage.
-        own_first: ``[n]`` each; fewest and most of the chain's own.
-        first_local: whether the first layer's group is a cheap one; None: it may be.
+        first_layers: ``[n]`` each; fewest and most of a first stage.
         allowed: ``[n, classes]``; devices that may be used at all.
         beyond: ``[classes]``; whose layers' groups take ``tail.beyond``.
         lasting: only limits for which the least time of a chain divided by ``m`` does not grow
@@ -117,40 +110,23 @@ def chains_in_time(
     alone = classes.most_layers(problem, 1, tail.members)
     fastest = classes.layer_s[classes.layer_s.sum(axis=1).argmin()]
     far = np.zeros(len(classes.count), dtype=bool) if beyond is None else beyond
-
-    def stages(far: Bools) -> list[_Stage]:
-        return [
-            _Stage.of(problem, classes, tail, far, first, last)
-            for first, last in ((True, False), (False, False), (False, True), (True, True))
-        ]
-
-    # Layers on devices that could be in cheap groups may be in others all the same.
-    either = [stages(far)]
-    if tail.groups.nic_seconds_per_byte > tail.beyond.nic_seconds_per_byte:
-        either.append(stages(np.ones_like(far)))
-    firsts = either
-    if first_local is not None:
-        firsts = [stages(far)]
-        if not first_local:
-            apart = zip(firsts[0], stages(np.ones_like(far)), strict=True)
-            firsts = [[own.with_first_layer_of(other) for own, other in apart]]
-    _, inner, last, _ = either[0]
+    first, inner, last, only = (
+        _Stage.of(problem, classes, tail, far, first, last)
+        for first, last in ((True, False), (False, False), (False, True), (True, True))
+    )
 
     longest = np.floor(left_s / (many * inner.work_s[1]) * (1 + _SLACK) + _SLACK)
-    of_class = np.minimum(longest, np.maximum(alone[0], alone[1])).astype(np.int64)
-    longest = np.clip(of_class.max(axis=2, keepdims=True), 1, layers)
+    longest = np.minimum(longest, np.maximum(alone[0], alone[1]))
+    longest = np.clip(longest.max(axis=2), 1, layers)
+    longest = longest.astype(np.int64)[:, :, None]
     hops = np.ceil(above / longest)
     down_s = above * fastest[0] + hops * tail.hop_s[0]
     round_s = down_s if problem.may_split else above * fastest.sum() + hops * tail.hop_s[1]
-    largest = largest_first or (1, layers)
-    own, highest = np.ones_like(many), np.full_like(many, largest[1])
-    if own_first is not None:
-        own = np.minimum(own_first[0][:, None, None], largest[1])
-        highest = np.minimum(own_first[1][:, None, None], largest[1])
-    exposed_s = np.minimum.reduce(
-        [s[0].exposed_s(largest[0], own, np.minimum(highest, of_class)) for s in firsts]
-    )
-    exposed_s = exposed_s * (not problem.may_split)
+    fewest, highest = np.ones_like(longest), longest
+    if first_layers is not None:
+        fewest = np.minimum(first_layers[0][:, None, None], longest)
+        highest = np.minimum(first_layers[1][:, None, None], longest)
+    exposed_s = first.exposed_s(fewest, highest) * (not problem.may_split)
 
     # A backward without W is no shorter than a forward.
     backward = fastest[0] if problem.may_split else fastest[1]
@@ -164,44 +140,26 @@ def chains_in_time(
     single = np.where(classes.node_size == 1, classes.nic_seconds_per_byte[:, 0], 0.0)
     crossing_s = many * tail.message_bytes * single
 
-    def most(of: int, behind: slice, memory: Ints, exposed_s: Floats, sides: int) -> Ints:
-        left = (
+    def most(stage: _Stage, behind: slice, memory: Ints, exposed_s: Floats, sides: int) -> Ints:
+        found = stage.most_layers(
+            many,
             left_s - round_s[:, behind] - exposed_s,
             left_s - down_s[:, behind],
             above_cut_s[:, behind],
+            lasting,
         )
-        on_first = of in (0, 3)
-        options = firsts if on_first else either
-        found: Ints = np.maximum.reduce([s[of].most_layers(many, *left, lasting) for s in options])
         found = np.minimum(found, memory)
-        if on_first and first_local:
-            found = np.where(far, 0, found)
         found = np.where(sides * crossing_s <= left_s * (1 + _SLACK), found, 0)
         return found if allowed is None else np.where(allowed[:, None, :], found, 0)
 
-    room = None
-    if not lasting and tail.mode is not None:
-        after_s = left_s - down_s
-        # All groups of layers above, and of the first stage, start no sooner.
-        ordered = problem.gradient_bytes * (not problem.may_split)
-        share, tied_share = _nic_seconds_per_byte(classes, tail)
-        tokens = problem.dims.vocab_size * problem.dims.dim * problem.dims.tied_embeddings
-        embedding = embedding_parameters(problem.dims) - tokens
-        room = NicRoom(
-            inner.nic_room(many, after_s),
-            last.nic_room(many, after_s),
-            ordered * share * layer_parameters(problem.dims),
-            ordered * (share * embedding + tied_share * tokens),
-        )
-
     nothing, anywhere = slice(0, 1), slice(None)
     tables = (
-        np.minimum(most(0, nothing, memory[0], exposed_s, 1), highest),
-        most(1, anywhere, memory[1], exposed_s, 2),
-        most(2, anywhere, memory[2], exposed_s, 1),
-        most(3, nothing, memory[3], np.zeros((1, 1, 1)), 0),
+        np.minimum(most(first, nothing, memory[0], exposed_s, 1), highest),
+        most(inner, anywhere, memory[1], exposed_s, 2),
+        most(last, anywhere, memory[2], exposed_s, 1),
+        most(only, nothing, memory[3], np.zeros((1, 1, 1)), 0),
     )
-    return _as_the_job_says(problem, tables, room)
+    return _as_the_job_says(problem, tables)
 
 
 def _held(problem: Problem, many: Ints, below_s: Floats, left_s: Floats, lasting: bool) -> Ints:
@@ -236,9 +194,7 @@ def _memory(
     return first[which[:, :1]], inner[which[:, :-1]], last[which[:, -1:]], only[which[:, -1:]]
 
 
-def _as_the_job_says(
-    problem: Problem, tables: tuple[Ints, Ints, Ints, Ints], room: NicRoom | None
-) -> Chains:
+def _as_the_job_says(problem: Problem, tables: tuple[Ints, Ints, Ints, Ints]) -> Chains:
     """With the depth, or the boundaries, that the job fixes for all pipelines."""
     first, inner, last, only = tables
     layers, cuts = problem.dims.layers, problem.job.stage_boundaries()
@@ -253,7 +209,7 @@ def _as_the_job_says(
         inner = np.where(inner >= exactly, exactly, 0)
         final = (exactly > 0) & (np.arange(layers)[None, :, None] + exactly == layers)
         last = np.where(final, last, 0)
-    return Chains(layers, first[:, 0], inner, last, only[:, 0], depth, room)
+    return Chains(layers, first[:, 0], inner, last, only[:, 0], depth)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -261,7 +217,6 @@ class _Stage:
     """What a stage takes, ``[classes]``: (without any layer, for each layer).
 
     Args:
-        packed_s: on some NIC, of all nodes that groups are on.
         tied_nic_s: that some NIC is busy with a tied token matrix and the first layer.
     """
 
@@ -270,7 +225,6 @@ class _Stage:
     optimizer_s: tuple[Floats, Floats]
     sync_s: tuple[Floats, Floats]
     nic_s: tuple[Floats, Floats]
-    packed_s: tuple[Floats, Floats]
     cut_s: tuple[Floats, Floats]
     tied_nic_s: float
 
@@ -295,9 +249,6 @@ class _Stage:
         per_parameter = problem.gradient_bytes * per_byte
         share, tied_share = _nic_seconds_per_byte(classes, tail)
         none = np.zeros(len(classes.count))
-        packed = problem.gradient_bytes * np.where(
-            beyond, far.nic_seconds_per_byte, groups.nic_seconds_per_byte
-        )
         return cls(
             work_s=(ends.sum(axis=1), classes.layer_s.sum(axis=1)),
             backward_s=(ends[:, 1], classes.layer_s[:, 1]),
@@ -314,17 +265,8 @@ class _Stage:
                 problem.gradient_bytes * share * layer,
             ),
             cut_s=(none, none + tail.cut_s),
-            packed_s=(packed * extra, packed * layer),
             tied_nic_s=shares_tokens * tail.tied_nic_s,
         )
-
-    def with_first_layer_of(self, other: _Stage) -> _Stage:
-        """This, if one layer is summed as in ``other``: its group has members elsewhere.
-
-        Groups of further layers may have none.
-        """
-        first = other.sync_s[0] + other.sync_s[1] - self.sync_s[1]
-        return replace(self, sync_s=(first, self.sync_s[1]), packed_s=other.packed_s)
 
     def most_layers(
         self, many: Ints, round_left_s: Floats, down_left_s: Floats, cut_s: Floats, lasting: bool
@@ -338,8 +280,6 @@ class _Stage:
         after = [(self.optimizer_s, down_left_s)]
         if not lasting:
             after += [(self._after_backward(s), down_left_s) for s in (self.sync_s, self.nic_s)]
-            unpacked = self.packed_s[0] - self.backward_s[0], self.packed_s[1] - self.backward_s[1]
-            after.append((unpacked, down_left_s))
             after.append((self._after_backward(self.cut_s), down_left_s - cut_s))
         for (constant, per_layer), left_s in after:
             room_s = left_s - many * self.work_s[0] - constant
@@ -347,30 +287,17 @@ class _Stage:
         whole: Ints = np.clip(np.floor(found * (1 + _SLACK) + _SLACK), 0, _MANY).astype(np.int64)
         return whole
 
-    def nic_room(self, many: Ints, left_s: Floats) -> tuple[Floats, Floats]:
-        """``[n, layers above, classes]`` each; time on NICs, and what a layer takes of it."""
-        constant, per_layer = self._after_backward(self.nic_s)
-        return left_s - many * self.work_s[0] - constant, many * self.work_s[1] + per_layer
-
-    def exposed_s(self, largest: int, own: Ints, highest: Ints) -> Floats:
-        """``[n, 1, 1]``; the least that comes after the last backward of any first stage.
-
-        Groups of the first layer start with the last of all backwards of first stages.
-
-        Args:
-            largest: layers of one of them at least.
-            own: ``[n, 1, 1]``; of the chain's at least.
-            highest: ``[n, 1, classes]``; and at most.
-        """
-        backward_s = (self.backward_s[0] + self.backward_s[1] * highest).max(axis=2, keepdims=True)
-        least = self.optimizer_s[0] + self.optimizer_s[1] * own
-        # A worker sums its groups from the last of their starts; a NIC those that start by then.
-        largest_or_own = np.maximum(largest, own)
-        for (constant, per_layer), layers in ((self.sync_s, largest_or_own), (self.nic_s, own)):
-            after_s = constant + self.optimizer_s[0] + (per_layer + self.optimizer_s[1]) * layers
-            least = np.maximum(least, after_s - backward_s)
-        exposed_s = np.maximum(least, self.tied_nic_s - backward_s)
-        found: Floats = exposed_s.min(axis=2, keepdims=True)
+    def exposed_s(self, fewest: Floats, highest: Floats) -> Floats:
+        """``[n, 1, 1]``; the least that comes after the last backward, of so many layers."""
+        backward_s = self.backward_s
+        ends = [(self.optimizer_s[0], self.optimizer_s[1])]
+        ends += [self._after_backward(s) for s in (self.sync_s, self.nic_s)]
+        ends.append((self.tied_nic_s - backward_s[0], -backward_s[1]))
+        least = np.zeros(1)
+        for constant, per_layer in ends:
+            either = np.minimum(constant + per_layer * fewest, constant + per_layer * highest)
+            least = np.maximum(least, either)
+        found: Floats = least.min(axis=2, keepdims=True)
         return found
 
     def _after_backward(self, sync: tuple[Floats, Floats]) -> tuple[Floats, Floats]:

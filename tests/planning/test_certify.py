@@ -272,7 +272,7 @@ def test_limits_that_allow_no_plan_are_refused():
 
 def test_the_argument_names_what_is_weak():
     shared = step_time_bound(problem(Topology(machines(4, per_node=2))), MODES, ["none"])
-    assert "meet on a node" in shared.argument
+    assert "share no NIC" in shared.argument
     free = dollars_bound(problem(Topology(machines(2, price_per_hour=0.0))), MODES, ["none"])
     assert free.value == 0.0
     assert "free" in free.argument
