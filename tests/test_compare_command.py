@@ -5,29 +5,17 @@ from __future__ import annotations
 import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from typing import Any, NoReturn
 
 import pytest
-from typer.testing import CliRunner, Result
+from commands import invoking, strict
 
 from ray_train_geo import compare
-from ray_train_geo.cli import app
 
 SYSTEMS = ["dtfm_random", "megatron_p8", "dtfm_gpipe"]
 WORLD = ("--scenario", "worldwide", "--systems", ", ".join(SYSTEMS))
 
 
-def invoke(*arguments: object, code: int = 0, columns: int = 80) -> Result:
-    result = CliRunner(env={"COLUMNS": str(columns)}).invoke(app, ["compare", *map(str, arguments)])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
-
-
-def strict(text: str) -> Any:
-    def refuse(name: str) -> NoReturn:
-        raise AssertionError(f"{name} is no JSON")
-
-    return json.loads(text, parse_constant=refuse)
+invoke = invoking("compare")
 
 
 def test_json_is_what_the_python_function_finds() -> None:

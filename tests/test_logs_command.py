@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
-
-from ray_train_geo.cli import app
+from commands import invoking, lightly
 
 DATA = Path(__file__).parent / "data"
 MEGATRON = DATA / "logs/megatron-52b.log"
@@ -21,10 +17,7 @@ GPT2 = DATA / "measurements/bigscience_gpt2.csv"
 CHECKPOINT = DATA / "measurements/bigscience_checkpoint.csv"
 
 
-def invoke(*arguments: object, code: int = 0, columns: int = 80) -> Result:
-    result = CliRunner(env={"COLUMNS": str(columns)}).invoke(app, ["logs", *map(str, arguments)])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
+invoke = invoking("logs")
 
 
 @pytest.fixture
@@ -36,24 +29,8 @@ def failed(tmp_path: Path) -> Path:
 
 def test_json_through_the_real_entry_point(failed: Path) -> None:
     """What other tools read; and neither torch nor Ray is needed for it."""
-    code = (
-        "import sys\n"
-        "from ray_train_geo.cli import main\n"
-        "try:\n"
-        "    main()\n"
-        "finally:\n"
-        "    print([m for m in ('torch', 'ray', 'matplotlib') if m in sys.modules],"
-        " file=sys.stderr)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "logs", MEGATRON, failed, "not/here.log", "--json"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    assert done.stderr.strip() == "[]"
-    runs: list[dict[str, Any]] = json.loads(done.stdout)["runs"]
+    printed = lightly("logs", MEGATRON, failed, "not/here.log", "--json")
+    runs: list[dict[str, Any]] = json.loads(printed)["runs"]
     assert [run["status"] for run in runs] == ["ok", "failed", "error"]
     assert runs[0]["tflops_per_gpu"] == pytest.approx(52.82, abs=0.01)
     assert runs[0]["step_s"] == pytest.approx(128.96, abs=0.01)

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from typing import Any, NoReturn
 
 import pytest
-import yaml
-from typer.testing import CliRunner, Result
+from commands import invoking, lightly, small_job, strict
 
 from ray_train_geo import plan
-from ray_train_geo.cli import app
 
 TOPOLOGY = """
 devices:
@@ -40,51 +34,17 @@ def topology(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def job(tmp_path: Path) -> Path:
-    spec = {
-        "model": {"layers": 4, "dim": 64, "heads": 2},
-        "data": {"path": "not/here"},
-        "training": {"steps": 5, "global_batch": 8, "seq_len": 64},
-    }
-    path = tmp_path / "job.yaml"
-    path.write_text(yaml.safe_dump(spec))
-    return path
+    return small_job(tmp_path)
 
 
-def invoke(*arguments: object, code: int = 0, columns: int = 80) -> Result:
-    result = CliRunner(env={"COLUMNS": str(columns)}).invoke(app, ["plan", *map(str, arguments)])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
-
-
-def strict(text: str) -> Any:
-    def refuse(name: str) -> NoReturn:
-        raise AssertionError(f"{name} is no JSON")
-
-    return json.loads(text, parse_constant=refuse)
+invoke = invoking("plan")
 
 
 def test_json_through_the_real_entry_point() -> None:
     """What other tools read; and neither torch nor Ray is needed for it."""
-    code = (
-        "import sys\n"
-        "from ray_train_geo.cli import main\n"
-        "try:\n"
-        "    main()\n"
-        "finally:\n"
-        "    print([m for m in ('torch', 'ray', 'matplotlib') if m in sys.modules],"
-        " file=sys.stderr)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "plan", *WORLD, "--stages", "4", "--replicas", "8", "--json"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.stderr.strip() == "[]"
-    assert len(done.stdout.splitlines()) == 1
-    found = strict(done.stdout)
+    printed = lightly("plan", *WORLD, "--stages", "4", "--replicas", "8", "--json")
+    assert len(printed.splitlines()) == 1
+    found = strict(printed)
     assert found.keys() >= {
         "devices", "pipelines", "predicted_step_s", "objective", "lower_bound", "gap", "search_s",
         "explanation",

@@ -3,45 +3,26 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from typer.testing import CliRunner, Result
+from commands import invoking, lightly, refusing, small_job
 
 from ray_train_geo import replay_trace
-from ray_train_geo.cli import app
 
 SHORT = ("--gpu", "T4", "--until-h", "0.5", "--max-nodes", "4")
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> Path:
-    spec = {
-        "model": {"layers": 4, "dim": 64, "heads": 2},
-        "data": {"path": "not/here"},
-        "training": {"steps": 5, "global_batch": 8, "seq_len": 64},
-    }
-    path = tmp_path / "job.yaml"
-    path.write_text(yaml.safe_dump(spec))
-    return path
+    return small_job(tmp_path)
 
 
-def invoke(*arguments: object, code: int = 0, columns: int = 80) -> Result:
-    result = CliRunner(env={"COLUMNS": str(columns)}).invoke(app, ["replay", *map(str, arguments)])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
+invoke = invoking("replay")
 
 
-def refused(*arguments: object) -> str:
-    result = invoke(*arguments, code=2)
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-    assert "Traceback" not in result.output
-    return result.stderr
+refused = refusing(invoke)
 
 
 def test_a_row_for_each_policy_fits_80_columns(job: Path) -> None:
@@ -136,13 +117,4 @@ def test_a_refusal_is_json_where_json_is_asked_for() -> None:
 
 
 def test_neither_torch_nor_ray_is_imported(job: Path) -> None:
-    code = (
-        "import sys; from ray_train_geo.cli import app\n"
-        "try: app(['replay', 'aws-p3', sys.argv[1], '--gpu', 'T4', '--until-h', '0.1'])\n"
-        "except SystemExit as e: assert e.code in (0, None)\n"
-        "print([m for m in ('torch', 'ray', 'matplotlib') if m in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(job)], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.splitlines()[-1] == "[]"
+    assert "ours" in lightly("replay", "aws-p3", job, "--gpu", "T4", "--until-h", "0.1")

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any, NoReturn
 
 import pytest
-from typer.testing import CliRunner, Result
+from commands import invoking, lightly, strict
 
 from ray_train_geo import simulate
-from ray_train_geo.cli import app
 from ray_train_geo.systems.catalog import SYSTEMS
 
 WORK = ("--model", "gpt3-xl-24", "--global-batch", 1024)
@@ -23,44 +17,14 @@ NETWORK = ("--devices", 12, "--latency-ms", 10, "--bandwidth-gbps", 1)
 PIPELINE = (*NETWORK, "--model", "gpt3-xl-24", "--global-batch", 64, "--system", "dtfm_gpipe")
 
 
-def invoke(*arguments: object, code: int = 0, columns: int = 80) -> Result:
-    result = CliRunner(env={"COLUMNS": str(columns)}).invoke(
-        app, ["simulate", *map(str, arguments)]
-    )
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
-
-
-def strict(text: str) -> Any:
-    def refuse(name: str) -> NoReturn:
-        raise AssertionError(f"{name} is no JSON")
-
-    return json.loads(text, parse_constant=refuse)
+invoke = invoking("simulate")
 
 
 def test_json_through_the_real_entry_point() -> None:
     """What other tools read; and neither torch nor Ray nor matplotlib is needed for it."""
-    code = (
-        "import sys\n"
-        "from ray_train_geo.cli import main\n"
-        "try:\n"
-        "    main()\n"
-        "finally:\n"
-        "    print([m for m in ('torch', 'ray', 'matplotlib') if m in sys.modules],"
-        " file=sys.stderr)\n"
-    )
-    arguments = ["simulate", *map(str, WORLD), "--system", "dtfm_random", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.stderr.strip() == "[]"
-    assert len(done.stdout.splitlines()) == 1
-    found = strict(done.stdout)
+    printed = lightly("simulate", *WORLD, "--system", "dtfm_random", "--json")
+    assert len(printed.splitlines()) == 1
+    found = strict(printed)
     assert list(found)[:4] == ["step_s", "pflops", "efficiency", "breakdown"]
     assert sum(found["breakdown"].values()) == pytest.approx(found["step_s"])
     assert found["pflops"] == pytest.approx(found["pflop"] / found["step_s"])
