@@ -25,7 +25,7 @@ def _token_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with real Ray clusters come early, one between some others each.
+    """Files with real Ray clusters come early, one between some others each; short ones come last.
 
     A cluster takes most of a machine: two at a time would be slow, and one left for the end would
     run alone.  (xdist hands files out in this order: ``--no-loadscope-reorder``.)
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         files.setdefault(item.path, []).append(item)
     clusters = [f for f in files.values() if any(i.get_closest_marker("ray") for i in f)]
-    others = [f for f in files.values() if f not in clusters]
+    others = sorted((f for f in files.values() if f not in clusters), key=len, reverse=True)
     each = max(1, len(others) * 2 // 3 // max(1, len(clusters)))
     ordered = []
     for number, file in enumerate(others):
