@@ -33,7 +33,7 @@ from ray_train_geo.observe.trace import Span
 from ray_train_geo.spec import JobSpec, TrainingSpec
 from ray_train_geo.training.assignment import Assignment, Outcome
 from ray_train_geo.training.batches import BatchSource
-from ray_train_geo.training.checkpoint import CheckpointStore
+from ray_train_geo.training.checkpoint import CheckpointStore, get_ready
 from ray_train_geo.training.emulated_links import EmulatedLinks
 from ray_train_geo.training.gauge import Observed
 from ray_train_geo.training.links import Links
@@ -152,6 +152,7 @@ class StageWorker:
     def warm_up(self, job: JobSpec, dims: ModelDims, fingerprint: str) -> None:
         """Do what takes long the first time, while nobody waits for this worker."""
         self._source.open(job, dims, fingerprint)
+        get_ready()
 
     @ray.method(concurrency_group="control")
     def prepare(self, assignment: Assignment, store_host: str, store_port: int) -> None:

@@ -15,6 +15,7 @@ is written last, makes them visible.  No manifest, no checkpoint, on either kind
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import re
 import time
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointPart",
     "CheckpointStore",
+    "get_ready",
     "read_manifest",
     "read_tensors",
     "write_part",
@@ -55,6 +57,11 @@ class CheckpointPart:
     written: Written
     checksums: dict[str, int]
     size_bytes: int
+
+
+def get_ready() -> None:
+    """Load torch's DCP: a long import, which else comes in the midst of the first checkpoint."""
+    importlib.import_module("ray_train_geo.training.dcp")
 
 
 def write_part(location: str, rank: int, tensors: Mapping[str, torch.Tensor]) -> CheckpointPart:

@@ -11,7 +11,7 @@ from ray_train_geo.errors import StorageError
 from ray_train_geo.observe.phases import PhasePage
 from ray_train_geo.training.assignment import Assignment, Reporter
 from ray_train_geo.training.buckets import holders_of
-from ray_train_geo.training.checkpoint import CheckpointStore, write_part
+from ray_train_geo.training.checkpoint import CheckpointStore, get_ready, write_part
 from ray_train_geo.training.outer import OUTER, OUTER_TOKENS
 from ray_train_geo.training.precision import LossScale
 from ray_train_geo.training.residuals import saved_residual
@@ -43,6 +43,7 @@ class Saver:
         self._phases = phases
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
+        self._writer.submit(get_ready)
 
     def save(self, step: int, scale: LossScale) -> None:
         """Copy this worker's share of the state after ``step``, and write it in the background."""
