@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         files.setdefault(item.path, []).append(item)
     clusters = [f for f in files.values() if any(i.get_closest_marker("ray") for i in f)]
     others = sorted((f for f in files.values() if f not in clusters), key=len, reverse=True)
-    each = max(1, len(others) * 2 // 3 // max(1, len(clusters)))
+    each = max(1, len(others) // 3 // max(1, len(clusters)))
     ordered = []
     for number, file in enumerate(others):
         if number % each == 0 and clusters:
