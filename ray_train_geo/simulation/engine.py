@@ -64,12 +64,13 @@ def _timeline(
     if work.traffic_slowdown:
         forward_s = _slowed(forward_s, down, work.traffic_slowdown)
         backward_s = _slowed(backward_s, up, work.traffic_slowdown)
+    wires = [_wire(hop) for hop in down]
     run = PipelineRun(
         work.actions,
         forward_s,
         backward_s,
-        [_wire(hop) for hop in down],
-        [_wire(hop) for hop in up],
+        wires,
+        [_wire(hop, wires) for hop in up],
         weight_s=work.weight_s,
         pace=work.pace,
         blocking_sends=work.blocking_sends,
@@ -78,8 +79,11 @@ def _timeline(
     return Timeline.of(run)
 
 
-def _wire(hop: Hop | SharedHop) -> Wire:
-    return SharedWire(hop) if isinstance(hop, SharedHop) else PrivateWire(hop)
+def _wire(hop: Hop | SharedHop, down: Sequence[Wire] = ()) -> Wire:
+    if not isinstance(hop, SharedHop):
+        return PrivateWire(hop)
+    behind = [(down[number], all_s) for number, all_s in hop.behind or ()]
+    return SharedWire(hop, [(wire, s) for wire, s in behind if isinstance(wire, SharedWire)])
 
 
 def _slowed(

@@ -23,15 +23,22 @@ So does a step.  Under max-min fair sharing at every moment it does not: a messa
 sooner can come in the way of one that is urgent, as in Graham's anomalies (1969).
 
 Under GPipe all activations of a pipeline are through before its first gradient leaves: activations
-meet activations, and gradients meet gradients.
+meet activations, and gradients meet gradients.  Under 1F1B a stage in the middle sends the
+activations of its warmup before its first gradient, and the last gradients after its last
+activation: these rounds are without the messages of the other way::
+
+    activations   a a a ab ab ab ab           a stage's NIC, out of it; k = 3 forwards of warmup
+    gradients           ab ab ab ab b b b
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ray_train_geo.schedule.actions import Action
 from ray_train_geo.schedule.timeline import Hop
 from ray_train_geo.simulation.work import PipelineWork
 
@@ -47,6 +54,11 @@ class SharedHop:
         every_s: from one message to the next, at least.
         messages: in the step.
         cold_s: what the slow start of its connection adds to the first message.
+        lone: how many messages meet none of their own pipeline's other way: an activation's flow
+            sends them first, a gradient's flow last.
+        lone_transfer_s, lone_every_s: as the others, for these.
+        behind: of a gradient's flow: numbers of the activations' flows that share a resource with
+            it, and what that needs for all of the step.
     """
 
     latency_s: float
@@ -54,30 +66,49 @@ class SharedHop:
     every_s: float
     messages: int
     cold_s: float
+    lone: int = 0
+    lone_transfer_s: float = 0.0
+    lone_every_s: float = 0.0
+    behind: tuple[tuple[int, float], ...] | None = None
 
 
 class SharedWire:
-    """Carries the messages of a :class:`SharedHop`."""
+    """Carries the messages of a :class:`SharedHop`.
 
-    __slots__ = ("_cold_s", "_done_s", "_every_s", "_free_s", "_left", "_transfer_s", "latency_s")
+    Args:
+        behind: wires that it shares a resource with, and what that needs for all of the step: the
+            last message is not through before it has carried that since the first of theirs.
+    """
 
-    def __init__(self, hop: SharedHop) -> None:
+    __slots__ = ("_behind", "_done_s", "_first_s", "_free_s", "_hop", "_left", "latency_s")
+
+    def __init__(self, hop: SharedHop, behind: Sequence[tuple[SharedWire, float]] = ()) -> None:
         self.latency_s = hop.latency_s
-        self._transfer_s, self._every_s = hop.transfer_s, hop.every_s
-        self._left, self._cold_s = hop.messages, hop.cold_s
-        self._free_s = -self._every_s  # when the next round could have begun, had there been one
-        self._done_s: float | None = None  # when the last message can have left, of all
+        self._hop = hop
+        self._behind = behind
+        self._left = hop.messages
+        self._free_s = -math.inf  # when the last message left
+        self._first_s: float | None = None
 
     def send(self, ready_s: float) -> float:
         """Take a message that exists from ``ready_s`` on; returns when it arrives."""
-        if self._done_s is None:
-            self._done_s = ready_s + self._left * self._every_s
+        hop, cold_s = self._hop, 0.0
+        if self._first_s is None:
+            self._first_s, cold_s = ready_s, hop.cold_s
+            rounds_s = (hop.messages - hop.lone) * hop.every_s + hop.lone * hop.lone_every_s
+            self._done_s = ready_s + rounds_s
+        gradients = hop.behind is not None
+        lone = self._left <= hop.lone if gradients else hop.messages - self._left < hop.lone
+        transfer_s = hop.lone_transfer_s if lone else hop.transfer_s
+        every_s = hop.lone_every_s if lone else hop.every_s
         self._left -= 1
-        left_s = max(ready_s + self._transfer_s, self._free_s + self._every_s)
+        left_s = max(ready_s + transfer_s, self._free_s + every_s)
         if not self._left:
             left_s = max(left_s, self._done_s)
-        self._free_s = left_s = left_s + self._cold_s
-        self._cold_s = 0.0
+            for wire, all_s in self._behind:
+                if wire._first_s is not None:
+                    left_s = max(left_s, wire._first_s + all_s)
+        self._free_s = left_s = left_s + cold_s
         return left_s + self.latency_s
 
 
@@ -150,7 +181,35 @@ def shared_hops(
         ]
         joint_s = max(alone_s, *joint)
         transfer_s = joint_s + (every_s - joint_s) / 2 * met
-        return SharedHop(flow.latency_s, transfer_s, every_s, p.microbatches, flow.cold_s)
+        found = SharedHop(flow.latency_s, transfer_s, every_s, p.microbatches, flow.cold_s)
+        return found if in_phases else _with_warmup(found, number, way, p, joint_s)
+
+    def _with_warmup(
+        found: SharedHop, number: int, way: int, p: PipelineWork, joint_s: float
+    ) -> SharedHop:
+        """With what its messages take while the other way's have not begun, or have ended."""
+        flow, others = (p.up if way else p.down)[number], p.down if way else p.up
+        rounds_s, lone, behind = dict[int, float](), list[int](), list[tuple[int, float]]()
+        for r in flow.resources:
+            per_byte = float(seconds_per_byte[r])
+            rounds_s[r] = loads[r].met(way, False) * per_byte / p.microbatches
+            for other in (number - 1, number + 1):
+                # The stage between the two flows: messages of both leave it, or come to it.
+                if 0 <= other < len(others) and r in others[other].resources:
+                    lone.append(_lone(p.actions[max(number, other)], way))
+                    behind.append((other, rounds_s[r] * p.microbatches))
+                    rounds_s[r] -= together[r, 1 - way, other, _pace(p)] * per_byte
+        if not lone:
+            return found if not way else replace(found, behind=())
+        every_s = max(joint_s, *rounds_s.values())
+        met = every_s / max(every_s, _compute_s(p, way))
+        return replace(
+            found,
+            lone=min(lone),
+            lone_every_s=every_s,
+            lone_transfer_s=joint_s + (every_s - joint_s) / 2 * met,
+            behind=tuple(behind) if way else None,
+        )
 
     return [
         (
@@ -165,6 +224,12 @@ def _in_phases(pipeline: PipelineWork) -> bool:
     """Whether the last stage runs all its forwards before its first backward."""
     kinds = [a.kind for a in pipeline.actions[-1]]
     return "F" not in kinds[kinds.index("B") :] if "B" in kinds else False
+
+
+def _lone(actions: Sequence[Action], way: int) -> int:
+    """Forwards before the stage's first backward (0), or backwards after its last forward (1)."""
+    kinds = [a.kind for a in (reversed(actions) if way else actions) if a.kind != "W"]
+    return next((n for n, kind in enumerate(kinds) if kind != ("B" if way else "F")), len(kinds))
 
 
 def _pace(pipeline: PipelineWork) -> object:

@@ -123,3 +123,60 @@ def test_a_resource_carries_no_more_than_it_can(microbatches):
         wire = SharedWire(hop)
         left_s = [wire.send(0.0) - hop.latency_s for _ in range(microbatches)]
         assert left_s[-1] == pytest.approx(3 * microbatches * 8.0)
+
+
+def three_stages(schedule, microbatches, uplink=(), nic=(0,)):
+    """The middle stage's messages, both ways, go out by one NIC: activations and gradients."""
+    free, out = Flow(0.0, 8.0, 0.0, uplink), Flow(0.0, 8.0, 1 / 4.0, nic)
+    return PipelineWork(schedule(3, microbatches), (1.0,) * 3, (1.0,) * 3, (free, out), (out, free))
+
+
+def test_under_1f1b_a_stage_warms_up_and_cools_down_without_the_other_way():
+    work = three_stages(alternating, 6)
+    ((_, down), (up, _)) = shared_hops([work], [1.0])[0]
+    # Its first two of six forwards come before any backward; its last two backwards after them.
+    assert (down.lone, up.lone) == (2, 2)
+    for hop in (down, up):
+        assert (hop.every_s, hop.lone_every_s, hop.lone_transfer_s) == (16.0, 8.0, 8.0)
+    assert down.behind is None
+    assert up.behind == ((1, 6 * 16.0),)
+    # GPipe's activations never meet gradients, so that its rounds have no such phases.
+    assert shared_hops([three_stages(gpipe, 6)], [1.0])[0] == (
+        (Hop(0.0, 0.0), Hop(0.0, 8.0)),
+        (Hop(0.0, 8.0), Hop(0.0, 0.0)),
+    )
+
+
+def test_others_are_met_in_the_warmup_too():
+    work = three_stages(alternating, 6)
+    other = pair(0, microbatches=6, schedule=alternating)
+    ((_, down), (up, _)) = shared_hops([work, other], [1.0])[0]
+    for hop in (down, up):
+        assert (hop.every_s, hop.lone_every_s) == (24.0, 16.0)
+    # Of a pipeline that computes alike, a message of each way goes with every round.
+    ((_, down), _) = shared_hops([work] * 2, [1.0])[0]
+    assert (down.every_s, down.lone_every_s) == (32.0, 16.0)
+
+
+def test_lone_messages_go_in_short_rounds_and_gradients_end_with_everything():
+    down = SharedWire(SharedHop(0.0, 16.0, 16.0, 4, 0.0, 2, 8.0, 8.0))
+    assert [down.send(0.0) for _ in range(4)] == [8.0, 16.0, 32.0, 48.0]
+    up = SharedHop(0.0, 16.0, 16.0, 4, 0.0, 2, 8.0, 8.0, ((0, 64.0),))
+    wire = SharedWire(up, [(down, 64.0)])
+    assert [wire.send(1.0) for _ in range(4)] == [17.0, 33.0, 41.0, 64.0]
+    # Before the first activation nothing is known of them.
+    unsent = SharedWire(SharedHop(0.0, 16.0, 16.0, 4, 0.0))
+    wire = SharedWire(up, [(unsent, 64.0)])
+    assert [wire.send(1.0) for _ in range(4)] == [17.0, 33.0, 41.0, 49.0]
+
+
+@pytest.mark.parametrize("microbatches", [2, 3, 8])
+def test_a_nic_that_both_ways_leave_by_carries_no_more_than_it_can(microbatches):
+    work = three_stages(alternating, microbatches)
+    ((_, down), (up, _)) = shared_hops([work], [1.0])[0]
+    forth = SharedWire(down)
+    back = SharedWire(up, [(forth, s) for _, s in up.behind])
+    for _ in range(microbatches):
+        forth.send(0.0)
+    left_s = [back.send(0.0) for _ in range(microbatches)]
+    assert left_s[-1] >= 2 * microbatches * 8.0
