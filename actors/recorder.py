@@ -22,13 +22,16 @@ class Recorder:
     """Writes metrics and events, and remembers the first error that must end the run.
 
     Safe from several threads.  A record that can't be written does not raise where it happens
-    (in a worker's report, say): the run loop finds it in :attr:`fatal`.
+    (in a worker's report, say): the run loop finds it in :attr:`fatal`.  It goes ahead of the next
+    one, once there is room again: no record has gaps.
     """
 
     def __init__(self, run: RunDirectory) -> None:
         self.run = run
         self.changed = threading.Condition()
         self._fatal: GeoError | None = None
+        self._writing = threading.Lock()
+        self._unwritten: deque[Callable[[], None]] = deque()
         self._records: deque[dict[str, Any]] = deque(maxlen=_REMEMBERED_RECORDS)
         self._events: list[dict[str, Any]] = []
 
@@ -58,15 +61,20 @@ class Recorder:
             self.changed.notify_all()
 
     def event(self, event: str, **fields: Any) -> None:
-        self._write(lambda: self.run.append_event(event, **fields))
+        said = {"time": time.time(), "event": event, **fields}
+        self._write(lambda: self.run.append_event(**said))
         with self.changed:
-            self._events.append({"time": time.time(), "event": event, **fields})
+            self._events.append(said)
 
     def _write(self, write: Callable[[], None]) -> None:
-        try:
-            write()
-        except StorageError as e:
-            self.fail(e)
+        with self._writing:
+            self._unwritten.append(write)
+            try:
+                while self._unwritten:
+                    self._unwritten[0]()
+                    self._unwritten.popleft()
+            except StorageError as e:
+                self.fail(e)
 
     def go_back(self, step: int) -> None:
         """Forget the records of steps after ``step``.

@@ -75,7 +75,7 @@ def train(
 def training(
     folder: Path, *arguments: str, sets: tuple[str, ...] = ()
 ) -> Iterator[subprocess.Popen[str]]:
-    """A run under way; its processes are gone afterwards."""
+    """A run under way; its processes are gone afterwards, and a failure tells its last events."""
     process = subprocess.Popen(
         command(folder, *arguments, sets=sets),
         env=environment(),
@@ -85,6 +85,10 @@ def training(
     )
     try:
         yield process
+    except BaseException as e:
+        for event in lines(folder, "events.jsonl")[-20:]:
+            e.add_note(str(event))
+        raise
     finally:
         with contextlib.suppress(psutil.Error):
             for child in psutil.Process(process.pid).children(recursive=True):
