@@ -8,9 +8,10 @@ commit.
 Real: a tiny GPT in one process a stage, over unshaped loopback.  What a layer takes depends on who
 else computes at that moment, most of all where there are more workers than cores, and so does what
 a message takes: whoever waits for it must get a core first.  So the engine gets each stage's mean
-computing, and the mean latency of messages that were waited for, from the trace of the
-very steps that are timed, and is tested on what it makes of them.  With no more workers than cores
-the prediction from a probe before the run, as the trainer makes it, stands beside it.
+computing, how much that varies, and the mean latency of messages that were waited for, from the
+trace of the very steps that are timed, and is tested on what it makes of them.  With no more
+workers than cores the prediction from a probe before the run, as the trainer makes it, stands
+beside it.
 
     python benchmarks/prediction.py [--steps 8] [--only emulated|real] [--case NAME] [--json]
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -38,7 +40,7 @@ import torch
 
 from ray_train_geo.cluster.topology import LOCAL_LINK, Device, Link, Topology
 from ray_train_geo.model.catalog import head_flops, layer_flops
-from ray_train_geo.observe.trace import Category
+from ray_train_geo.observe.trace import Category, Span
 from ray_train_geo.planning.cost import backward_s, forward_s
 from ray_train_geo.planning.plan import Plan
 from ray_train_geo.planning.planner import plan as make_plan
@@ -55,6 +57,7 @@ LAYER_BYTES = 210_000  # of an emulated layer's gradients, and a little more
 REAL_MODEL = {"layers": 12, "dim": 128, "seq_len": 64}
 REAL_MICROBATCH = 4
 REAL_MESSAGE_BYTES = REAL_MICROBATCH * REAL_MODEL["seq_len"] * REAL_MODEL["dim"] * 4
+SEEDS = 16  # of what the spread of computing makes of a step
 AT_ONCE = Link(0.0, 1.25e9)
 
 
@@ -300,7 +303,12 @@ def real(case: Case, folder: Path, steps: int) -> Row:
             topology.with_devices(traced_devices(plan, result, job, step)),
             node_links={("here", "here"): traced_link(plan, result, step)},
         )
-        predicted_s.append(predict_plan(plan, traced, job, VOCAB).step_s)
+        spread = traced_spread(plan, result, step)
+        steps_s = [
+            predict_plan(plan, traced, job, VOCAB, jitter=spread, seed=seed).step_s
+            for seed in range(SEEDS)
+        ]
+        predicted_s.append(statistics.mean(steps_s))
     probe_s = predict_plan(plan, topology, job, VOCAB).step_s if few else None
     return Row.of("real", case, result, predicted_s, probe_s)
 
@@ -309,17 +317,36 @@ def traced_devices(plan: Plan, result: LocalResult, job: JobSpec, step: int) -> 
     """The plan's devices, as fast as their stages' spans of ``step`` say."""
     dims, training = job.dims(VOCAB), job.training
     for role, device in zip(plan.roles(), plan.devices, strict=True):
-        spans = [
-            span
-            for span in result.spans[role.rank]
-            if span.step == step and span.category in ("forward", "backward", "weights")
-        ]
+        spans = computed(result, role.rank, step)
         layers = plan.stage(role).layers
         microbatches = plan.pipelines[role.pipeline].microbatches
         expected_s = forward_s(dims, training, layers, device)
         expected_s += backward_s(dims, training, layers, device)
         slowdown = sum(span.duration_s for span in spans) / (microbatches * expected_s)
         yield replace(device, flops_per_s=device.flops_per_s / slowdown)
+
+
+def traced_spread(plan: Plan, result: LocalResult, step: int) -> float:
+    """Standard deviation of what a stage takes for an action of one kind, in parts of its mean.
+
+    All stages and kinds together.
+    """
+    squares, free = 0.0, 0
+    for rank in range(len(plan.devices)):
+        times_s: dict[str, list[float]] = {}
+        for span in computed(result, rank, step):
+            times_s.setdefault(span.category, []).append(span.duration_s)
+        for of_kind in times_s.values():
+            mean_s = statistics.mean(of_kind)
+            squares += sum((s / mean_s - 1) ** 2 for s in of_kind)
+            free += len(of_kind) - 1
+    return math.sqrt(squares / free)
+
+
+def computed(result: LocalResult, rank: int, step: int) -> list[Span]:
+    """The spans of ``step`` in which the worker computed."""
+    kinds = "forward", "backward", "weights"
+    return [span for span in result.spans[rank] if span.step == step and span.category in kinds]
 
 
 def traced_link(plan: Plan, result: LocalResult, step: int) -> Link:

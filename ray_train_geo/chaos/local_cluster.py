@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray_train_geo.chaos.island import Island
+from ray_train_geo.chaos.ports import free_ports
 from ray_train_geo.chaos.processes import end_session, in_session
 from ray_train_geo.errors import ClusterError
 from ray_train_geo.observe.phases import FOLDER_VARIABLE
@@ -98,11 +98,11 @@ class LocalCluster:
         for path in (self.phases, folder / "tmp"):
             path.mkdir()
         address = self._new_address()
-        port = _free_port()
+        port = free_ports()
         self.address = f"{address}:{port}"
         self.head = self._start(
             "head", REGIONS[0], address, "--head", f"--port={port}", "--num-cpus=0",
-            "--include-dashboard=false", f"--ray-client-server-port={_free_port()}", "--no-monitor",
+            "--include-dashboard=false", f"--ray-client-server-port={free_ports()}", "--no-monitor",
             f"--temp-dir={folder / 'r'}",
         )  # fmt: skip
         self._wait_for(self.head)
@@ -247,7 +247,7 @@ class LocalCluster:
             str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats",
             f"--node-ip-address={address}", f"--labels=ray.io/region={region}",
             f"--object-store-memory={_STORE_BYTES}", "--dashboard-agent-listen-port=0",
-            f"--dashboard-agent-grpc-port={_free_port()}", "--include-log-monitor=false",
+            f"--dashboard-agent-grpc-port={free_ports()}", "--include-log-monitor=false",
             *arguments,
         ]  # fmt: skip
         log = self.folder / f"{name}.log"
@@ -296,9 +296,3 @@ def local_cluster(
         finally:
             if cluster is not None:
                 cluster.stop()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((_LOOPBACK, 0))
-        return int(probe.getsockname()[1])

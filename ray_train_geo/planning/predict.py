@@ -22,6 +22,7 @@ from ray_train_geo.schedule.actions import Action
 from ray_train_geo.schedule.make import make_schedule
 from ray_train_geo.schedule.timeline import Timeline
 from ray_train_geo.simulation.engine import simulate
+from ray_train_geo.simulation.noise import paces
 from ray_train_geo.simulation.work import PipelineWork
 from ray_train_geo.spec import GradientSyncName, JobSpec, ScheduleName
 
@@ -60,15 +61,29 @@ class Prediction:
         return max(0.0, max(max(s) for s in self.synced_s) - max(self.makespan_s))
 
 
-def predict_plan(plan: Plan, topology: Topology, job: JobSpec, vocab_size: int = 257) -> Prediction:
+def predict_plan(
+    plan: Plan,
+    topology: Topology,
+    job: JobSpec,
+    vocab_size: int = 257,
+    *,
+    jitter: float = 0.0,
+    seed: int = 0,
+) -> Prediction:
     """One step of ``plan`` on ``topology`` (as it is now: links may have changed).
+
+    Args:
+        jitter, seed: of the computations, as of :func:`ray_train_geo.simulation.noise.paces`.
 
     Raises:
         KeyError: a device of the plan is not in the topology.
-        ValueError: two devices that must talk have no link, or the plan's warmup deadlocks.
+        ValueError: two devices that must talk have no link, the plan's warmup deadlocks, or the
+            jitter is negative.
     """
     problem = Problem.of(topology, job, vocab_size)
-    return predict(problem, plan.pipelines, plan.schedule, plan.gradient_sync)
+    return predict(
+        problem, plan.pipelines, plan.schedule, plan.gradient_sync, jitter=jitter, seed=seed
+    )
 
 
 def predict(
@@ -76,6 +91,9 @@ def predict(
     pipelines: Sequence[PipelinePlan],
     schedule: ScheduleName,
     gradient_sync: GradientSyncName,
+    *,
+    jitter: float = 0.0,
+    seed: int = 0,
 ) -> Prediction:
     """One step of a plan's parts.  Raises as :func:`predict_plan`."""
     table = problem.table
@@ -84,18 +102,19 @@ def predict(
     resources = SharedFlows(table)
     work = []
     schedules = _Schedules(schedule)
-    for p, chain, cut in zip(pipelines, chains, cuts, strict=True):
-        codecs = [stage.codec for stage in p.stages[:-1]]
+    for number, (p, chain, cut) in enumerate(zip(pipelines, chains, cuts, strict=True)):
+        actions, codecs = schedules.of(p), [stage.codec for stage in p.stages[:-1]]
         forward, backward, weights = stage_times(problem, chain, cut, codecs, schedule)
         hops = list(zip(pairwise(chain), message_sizes(problem, codecs), strict=True))
         work.append(
             PipelineWork(
-                schedules.of(p),
+                actions,
                 tuple(forward),
                 tuple(backward),
                 tuple(resources.flow(a, b, size) for (a, b), size in hops),
                 tuple(resources.flow(b, a, size) for (a, b), size in hops),
                 weight_s=None if weights is None else tuple(weights),
+                pace=paces(actions, jitter=jitter, seed=seed + number) if jitter else None,
             )
         )
     timelines = simulate(work, resources.seconds_per_byte)

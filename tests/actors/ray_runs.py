@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 
+from ray_train_geo.chaos.ports import free_ports
+
 BIN = Path(sys.executable).parent
 TEXT = Path(__file__).parents[2] / "LICENSE"
 VOCAB = 257
@@ -127,12 +129,6 @@ def steps(folder: Path) -> list[int]:
     return [record["step"] for record in lines(folder, "metrics.jsonl")]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextlib.contextmanager
 def ray_head(cpus: int = 4, dashboard: bool = False) -> Iterator[tuple[str, str]]:
     """A Ray head in a session of its own: (address, URL of the dashboard that jobs go to).
@@ -140,16 +136,16 @@ def ray_head(cpus: int = 4, dashboard: bool = False) -> Iterator[tuple[str, str]
     Args:
         dashboard: start it; that alone is a dozen processes.
     """
-    port, web = free_port(), free_port()
+    port, web = free_ports(), free_ports()
     with tempfile.TemporaryDirectory(prefix="rtg", dir="/tmp", ignore_cleanup_errors=True) as temp:
         head = subprocess.Popen(
             [
                 str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats",
                 "--node-ip-address=127.0.0.1", f"--port={port}", f"--num-cpus={cpus}",
                 f"--include-dashboard={str(dashboard).lower()}", f"--dashboard-port={web}",
-                f"--ray-client-server-port={free_port()}", "--no-monitor",
+                f"--ray-client-server-port={free_ports()}", "--no-monitor",
                 "--include-log-monitor=false", "--dashboard-agent-listen-port=0",
-                f"--dashboard-agent-grpc-port={free_port()}", "--object-store-memory=80000000",
+                f"--dashboard-agent-grpc-port={free_ports()}", "--object-store-memory=80000000",
                 f"--temp-dir={temp}",
             ],
             env=environment(),
@@ -172,7 +168,7 @@ def ray_node(address: str, cpus: int, region: str) -> Iterator[subprocess.Popen[
             str(BIN / "ray"), "start", "--block", f"--address={address}",
             "--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", "--disable-usage-stats",
             f"--labels=ray.io/region={region}", "--object-store-memory=80000000",
-            "--dashboard-agent-listen-port=0", f"--dashboard-agent-grpc-port={free_port()}",
+            "--dashboard-agent-listen-port=0", f"--dashboard-agent-grpc-port={free_ports()}",
         ],
         env=environment(),
         stdout=subprocess.DEVNULL,

@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 import yaml
 
+from ray_train_geo.chaos.ports import free_ports
+
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(150)]
 
 CONFIGS = Path(__file__).parents[2] / "cluster_configs"
@@ -47,19 +49,6 @@ class LocalCluster:
     address: str
     env: dict[str, str]
     nodes: list[dict[str, Any]]
-
-
-def free_ports(count: int) -> int:
-    """The first of ``count`` free ports in a row, outside Ray's worker ports and ephemeral ones."""
-    for first in range(20100 + os.getpid() % 8000, 32000 - count):
-        with contextlib.ExitStack() as stack:
-            try:
-                for port in range(first, first + count):
-                    stack.enter_context(socket.socket()).bind(("", port))
-            except OSError:
-                continue
-            return first
-    raise AssertionError("no free ports")
 
 
 def processes_of(folder: Path) -> list[str]:

@@ -219,3 +219,24 @@ def test_a_better_network_slows_no_plan(order, schedule, mode, data):
         for topology in (before, after)
     )
     assert fast.step_s <= slow.step_s * (1 + 1e-9)
+
+
+def test_computations_that_vary_make_a_step_longer_on_average():
+    stages = [(d, (d, d + 1), 3 - d) for d in range(4)]
+    parts = (pipeline(*stages, microbatches=16),)
+    steady = predict(*parts).step_s
+
+    def varying(jitter, seed=0):
+        problem = Problem(TOPOLOGY, JOB, DIMS)
+        return predict_parts(problem, parts, "1f1b", "allreduce", jitter=jitter, seed=seed).step_s
+
+    assert varying(0.0, seed=7) == steady
+    assert varying(0.3, seed=7) == varying(0.3, seed=7) != varying(0.3, seed=8)
+    means = [sum(varying(j, seed) for seed in range(40)) / 40 for j in (0.1, 0.3)]
+    # Whoever is slow holds the others; that the mean action is as long does not make up for it.
+    assert steady < means[0] < means[1]
+    # Two pipelines that compute alike don't take equally long any more.
+    both = parts[0], replace(parts[0], first_microbatch=16)
+    problem = Problem(TOPOLOGY, JOB, DIMS)
+    a, b = predict_parts(problem, both, "1f1b", "allreduce", jitter=0.3).makespan_s
+    assert a != b
