@@ -1,17 +1,16 @@
 """Step time of our runtime beside what the event engine predicts, on this machine, without Ray.
 
 Emulated: devices and links are imitated (``training/emulation.py``, simulated links).  A stage
-sleeps for most of its time, so the workers, threads of one process, do not wait for each other's
-cores, and the engine knows every figure beforehand: this tests schedule, links, gradient sync and
-commit.
+sleeps for most of its time, so the workers, a process each, do not wait for each other's cores, and
+the engine knows every figure beforehand: this tests schedule, links, gradient sync and commit.
 
 Real: a tiny GPT in one process a stage, over unshaped loopback.  What a layer takes depends on who
 else computes at that moment, most of all where there are more workers than cores, and so does what
-a message takes: whoever waits for it must get a core first.  So the engine gets each stage's mean
-computing, how much that varies, and the mean latency of messages that were waited for, from the
-trace of the very steps that are timed, and is tested on what it makes of them.  With no more
-workers than cores the prediction from a probe before the run, as the trainer makes it, stands
-beside it.
+a message takes: whoever waits for it must get a core first.  So the engine gets what each
+computation took, and the mean latency of messages that were waited for, from the trace of the very
+steps that are timed, and is tested on what it makes of them.  Beside it (``means``) stands what it
+makes of each stage's mean computing, and with no more workers than cores (``probe``) the prediction
+from a probe before the run, as the trainer makes it.
 
     python benchmarks/prediction.py [--steps 8] [--only emulated|real] [--case NAME] [--json]
 
@@ -23,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import statistics
@@ -41,7 +39,7 @@ import torch
 from ray_train_geo.cluster.topology import LOCAL_LINK, Device, Link, Topology
 from ray_train_geo.model.catalog import head_flops, layer_flops
 from ray_train_geo.observe.trace import Category, Span
-from ray_train_geo.planning.cost import backward_s, forward_s
+from ray_train_geo.planning.cost import backward_s, forward_s, weight_s
 from ray_train_geo.planning.plan import Plan
 from ray_train_geo.planning.planner import plan as make_plan
 from ray_train_geo.planning.predict import predict_plan
@@ -57,7 +55,6 @@ LAYER_BYTES = 210_000  # of an emulated layer's gradients, and a little more
 REAL_MODEL = {"layers": 12, "dim": 128, "seq_len": 64}
 REAL_MICROBATCH = 4
 REAL_MESSAGE_BYTES = REAL_MICROBATCH * REAL_MODEL["seq_len"] * REAL_MODEL["dim"] * 4
-SEEDS = 16  # of what the spread of computing makes of a step
 AT_ONCE = Link(0.0, 1.25e9)
 
 
@@ -215,6 +212,7 @@ class Row:
     Args:
         error: median of what each step was predicted too long, as a part of it.
         simulated: devices and links were emulated.
+        means_s: predicted from each stage's mean computing.
         probe_s: predicted from a probe before the run.
         load: the machine's, averaged over a minute.
     """
@@ -229,6 +227,7 @@ class Row:
     fastest_s: float
     slowest_s: float
     simulated: bool
+    means_s: float | None
     probe_s: float | None
     load: float
 
@@ -239,6 +238,7 @@ class Row:
         case: Case,
         result: LocalResult,
         predicted_s: Sequence[float],
+        means_s: float | None = None,
         probe_s: float | None = None,
     ) -> Row:
         """Of a run whose timed steps were predicted to take ``predicted_s``."""
@@ -257,22 +257,26 @@ class Row:
             fastest_s=min(steps_s),
             slowest_s=max(steps_s),
             simulated=result.simulated,
+            means_s=means_s,
             probe_s=probe_s,
             load=os.getloadavg()[0],
         )
 
     def __str__(self) -> str:
-        probe = "" if self.probe_s is None else f"{self.probe_s / self.measured_s - 1:+.1%}"
+        means, probe = (
+            "" if s is None else f"{s / self.measured_s - 1:+.1%}"
+            for s in (self.means_s, self.probe_s)
+        )
         return (
             f"{self.kind:8} {self.pipelines} x {self.stages}  {self.name:40} "
-            f"{self.predicted_s:9.3f} {self.measured_s:8.3f} {self.error:+7.1%} {probe:>7} "
-            f"{self.fastest_s:8.3f} {self.slowest_s:8.3f} {self.load:5.1f}"
+            f"{self.predicted_s:9.3f} {self.measured_s:8.3f} {self.error:+7.1%} {means:>7} "
+            f"{probe:>7} {self.fastest_s:8.3f} {self.slowest_s:8.3f} {self.load:5.1f}"
         )
 
 
 HEADING = (
-    f"{'':8} {'plan':6} {'case':40} {'predicted':>9} {'measured':>8} {'error':>7} {'probe':>7} "
-    f"{'fastest':>8} {'slowest':>8} {'load':>5}"
+    f"{'':8} {'plan':6} {'case':40} {'predicted':>9} {'measured':>8} {'error':>7} {'means':>7} "
+    f"{'probe':>7} {'fastest':>8} {'slowest':>8} {'load':>5}"
 )
 
 
@@ -282,7 +286,8 @@ def emulated(case: Case, folder: Path, steps: int) -> Row:
     topology, dims = case.emulated_topology(job), job.dims(VOCAB)
     plan = make_plan(topology, job, VOCAB)
     predicted_s = predict_plan(plan, topology, job, VOCAB).step_s
-    result = run_local(job, dims, plan, processes=False, emulated=topology)
+    shared = case.uplink_bytes_per_s is not None  # among threads only
+    result = run_local(job, dims, plan, processes=not shared, emulated=topology)
     return Row.of("emulated", case, result, [predicted_s] * steps)
 
 
@@ -297,20 +302,17 @@ def real(case: Case, folder: Path, steps: int) -> Row:
     plan = make_plan(topology, job, VOCAB)
     result = run_local(job, job.dims(VOCAB), plan)
     timed = range(WARMUP_STEPS + 1, WARMUP_STEPS + steps + 1)
-    predicted_s = []
+    predicted_s, means_s = [], []
     for step in timed:
         traced = replace(
             topology.with_devices(traced_devices(plan, result, job, step)),
             node_links={("here", "here"): traced_link(plan, result, step)},
         )
-        spread = traced_spread(plan, result, step)
-        steps_s = [
-            predict_plan(plan, traced, job, VOCAB, jitter=spread, seed=seed).step_s
-            for seed in range(SEEDS)
-        ]
-        predicted_s.append(statistics.mean(steps_s))
+        means_s.append(predict_plan(plan, traced, job, VOCAB).step_s)
+        pace = traced_pace(plan, result, job, traced, step)
+        predicted_s.append(predict_plan(plan, traced, job, VOCAB, pace).step_s)
     probe_s = predict_plan(plan, topology, job, VOCAB).step_s if few else None
-    return Row.of("real", case, result, predicted_s, probe_s)
+    return Row.of("real", case, result, predicted_s, statistics.median(means_s), probe_s)
 
 
 def traced_devices(plan: Plan, result: LocalResult, job: JobSpec, step: int) -> Iterator[Device]:
@@ -326,21 +328,22 @@ def traced_devices(plan: Plan, result: LocalResult, job: JobSpec, step: int) -> 
         yield replace(device, flops_per_s=device.flops_per_s / slowdown)
 
 
-def traced_spread(plan: Plan, result: LocalResult, step: int) -> float:
-    """Standard deviation of what a stage takes for an action of one kind, in parts of its mean.
-
-    All stages and kinds together.
-    """
-    squares, free = 0.0, 0
-    for rank in range(len(plan.devices)):
-        times_s: dict[str, list[float]] = {}
-        for span in computed(result, rank, step):
-            times_s.setdefault(span.category, []).append(span.duration_s)
-        for of_kind in times_s.values():
-            mean_s = statistics.mean(of_kind)
-            squares += sum((s / mean_s - 1) ** 2 for s in of_kind)
-            free += len(of_kind) - 1
-    return math.sqrt(squares / free)
+def traced_pace(
+    plan: Plan, result: LocalResult, job: JobSpec, traced: Topology, step: int
+) -> list[tuple[tuple[float, ...], ...]]:
+    """How many times as long as it would in its stage's mean each action of ``step`` took."""
+    dims, training = job.dims(VOCAB), job.training
+    paces: list[list[tuple[float, ...]]] = [[] for _ in plan.pipelines]
+    for role, device in zip(plan.roles(), traced.devices, strict=True):
+        layers = plan.stage(role).layers
+        usual_s = {"forward": forward_s(dims, training, layers, device)}
+        usual_s["backward"] = backward_s(dims, training, layers, device)
+        if plan.schedule == "zero-bubble":
+            usual_s["weights"] = weight_s(dims, training, layers, device)
+            usual_s["backward"] -= usual_s["weights"]
+        spans = sorted(computed(result, role.rank, step), key=lambda span: span.start_s)
+        paces[role.pipeline].append(tuple(s.duration_s / usual_s[s.category] for s in spans))
+    return [tuple(of_pipeline) for of_pipeline in paces]
 
 
 def computed(result: LocalResult, rank: int, step: int) -> list[Span]:

@@ -22,7 +22,6 @@ from ray_train_geo.schedule.actions import Action
 from ray_train_geo.schedule.make import make_schedule
 from ray_train_geo.schedule.timeline import Timeline
 from ray_train_geo.simulation.engine import simulate
-from ray_train_geo.simulation.noise import paces
 from ray_train_geo.simulation.work import PipelineWork
 from ray_train_geo.spec import GradientSyncName, JobSpec, ScheduleName
 
@@ -66,24 +65,21 @@ def predict_plan(
     topology: Topology,
     job: JobSpec,
     vocab_size: int = 257,
-    *,
-    jitter: float = 0.0,
-    seed: int = 0,
+    pace: Sequence[tuple[tuple[float, ...], ...]] | None = None,
 ) -> Prediction:
     """One step of ``plan`` on ``topology`` (as it is now: links may have changed).
 
     Args:
-        jitter, seed: of the computations, as of :func:`ray_train_geo.simulation.noise.paces`.
+        pace: ``[pipelines][stages][any]``; how many times as long as its stage's usual one each
+            action takes.
 
     Raises:
         KeyError: a device of the plan is not in the topology.
-        ValueError: two devices that must talk have no link, the plan's warmup deadlocks, or the
-            jitter is negative.
+        ValueError: two devices that must talk have no link, the plan's warmup deadlocks, or
+            ``pace`` is not one of every action.
     """
     problem = Problem.of(topology, job, vocab_size)
-    return predict(
-        problem, plan.pipelines, plan.schedule, plan.gradient_sync, jitter=jitter, seed=seed
-    )
+    return predict(problem, plan.pipelines, plan.schedule, plan.gradient_sync, pace)
 
 
 def predict(
@@ -91,9 +87,7 @@ def predict(
     pipelines: Sequence[PipelinePlan],
     schedule: ScheduleName,
     gradient_sync: GradientSyncName,
-    *,
-    jitter: float = 0.0,
-    seed: int = 0,
+    pace: Sequence[tuple[tuple[float, ...], ...]] | None = None,
 ) -> Prediction:
     """One step of a plan's parts.  Raises as :func:`predict_plan`."""
     table = problem.table
@@ -102,19 +96,20 @@ def predict(
     resources = SharedFlows(table)
     work = []
     schedules = _Schedules(schedule)
-    for number, (p, chain, cut) in enumerate(zip(pipelines, chains, cuts, strict=True)):
-        actions, codecs = schedules.of(p), [stage.codec for stage in p.stages[:-1]]
+    paces = [None] * len(pipelines) if pace is None else pace
+    for p, chain, cut, of_p in zip(pipelines, chains, cuts, paces, strict=True):
+        codecs = [stage.codec for stage in p.stages[:-1]]
         forward, backward, weights = stage_times(problem, chain, cut, codecs, schedule)
         hops = list(zip(pairwise(chain), message_sizes(problem, codecs), strict=True))
         work.append(
             PipelineWork(
-                actions,
+                schedules.of(p),
                 tuple(forward),
                 tuple(backward),
                 tuple(resources.flow(a, b, size) for (a, b), size in hops),
                 tuple(resources.flow(b, a, size) for (a, b), size in hops),
                 weight_s=None if weights is None else tuple(weights),
-                pace=paces(actions, jitter=jitter, seed=seed + number) if jitter else None,
+                pace=of_p,
             )
         )
     timelines = simulate(work, resources.seconds_per_byte)

@@ -221,22 +221,19 @@ def test_a_better_network_slows_no_plan(order, schedule, mode, data):
     assert fast.step_s <= slow.step_s * (1 + 1e-9)
 
 
-def test_computations_that_vary_make_a_step_longer_on_average():
-    stages = [(d, (d, d + 1), 3 - d) for d in range(4)]
-    parts = (pipeline(*stages, microbatches=16),)
-    steady = predict(*parts).step_s
-
-    def varying(jitter, seed=0):
-        problem = Problem(TOPOLOGY, JOB, DIMS)
-        return predict_parts(problem, parts, "1f1b", "allreduce", jitter=jitter, seed=seed).step_s
-
-    assert varying(0.0, seed=7) == steady
-    assert varying(0.3, seed=7) == varying(0.3, seed=7) != varying(0.3, seed=8)
-    means = [sum(varying(j, seed) for seed in range(40)) / 40 for j in (0.1, 0.3)]
-    # Whoever is slow holds the others; that the mean action is as long does not make up for it.
-    assert steady < means[0] < means[1]
-    # Two pipelines that compute alike don't take equally long any more.
-    both = parts[0], replace(parts[0], first_microbatch=16)
+def test_an_action_that_takes_longer_holds_all_that_wait_for_it():
+    parts = (pipeline(*[(d, (d, d + 1), 3 - d) for d in range(4)], microbatches=4),) * 2
     problem = Problem(TOPOLOGY, JOB, DIMS)
-    a, b = predict_parts(problem, both, "1f1b", "allreduce", jitter=0.3).makespan_s
-    assert a != b
+    usual = predict(*parts).makespan_s
+
+    def makespans(pace):
+        return predict_parts(problem, parts, "1f1b", "allreduce", pace).makespan_s
+
+    steady = [((1.0,) * 8,) * 4] * 2
+    assert makespans(steady) == usual
+    # The second pipeline's first forward takes twice as long: all of its pipeline waits for it.
+    slow = ((2.0, *(1.0,) * 7), *((1.0,) * 8,) * 3)
+    f = forward_s(DIMS, TRAINING, (0, 1), DEVICES[0])
+    assert makespans([steady[0], slow]) == (usual[0], pytest.approx(usual[1] + f))
+    with pytest.raises(ValueError, match="pace is needed for every action"):
+        makespans([steady[0], ((1.0,) * 7,) * 4])
