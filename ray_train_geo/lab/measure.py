@@ -48,13 +48,19 @@ def round_trip_s(lab: Lab, a: str | int, b: str | int, samples: int = 9) -> floa
 
 
 def rate_bytes_per_s(
-    lab: Lab, a: str | int, b: str | int, seconds: float = 3.0, warmup_s: float = 1.0
+    lab: Lab, a: str | int, b: str | int, seconds: float = 3.0, warmup_s: float | None = None
 ) -> float:
     """Bytes a second that one warm TCP connection carries from host ``a`` to host ``b``.
+
+    Args:
+        warmup_s: of the connection, before what counts; by default ten round trips (in that many
+            TCP doubles its window a thousandfold), and no less than a second.
 
     Raises:
         DeadlineError: nothing arrived.
     """
+    if warmup_s is None:
+        warmup_s = max(1.0, 10 * round_trip_s(lab, a, b, samples=1))
     sink = _start(lab, b, ["sink", str(warmup_s), str(seconds)])
     assert sink.stdout is not None
     port = json.loads(sink.stdout.readline())["port"]
