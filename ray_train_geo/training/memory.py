@@ -20,6 +20,7 @@ import torch
 
 from ray_train_geo.errors import AbortedError, TransportError
 from ray_train_geo.training.precision import LossScale
+from ray_train_geo.training.recycler import Recycler
 from ray_train_geo.training.residuals import RESIDUAL, SPARE
 from ray_train_geo.training.standing import Holding
 
@@ -71,6 +72,7 @@ class Memory:
         self._changed = threading.Condition()
         self._live: Snapshot | None = None
         self._copies: dict[int, Snapshot] = {}
+        self._recycler = Recycler()
         self._generation = 0
         self._open = False
 
@@ -80,6 +82,7 @@ class Memory:
         """A generation is being built: peers may fetch."""
         with self._changed:
             self._generation, self._open = generation, True
+            self._recycler.clear()
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -110,6 +113,14 @@ class Memory:
             copy = self._copies.get(step)
         return {} if copy is None else copy.tensors
 
+    def copied(self, live: Snapshot) -> Snapshot:
+        """A copy on the CPU of what is live now.
+
+        It is for :meth:`keep`, or a peer's: its memory is used again once it has been let go.
+        """
+        tensors = {name: self._recycler.copy(t) for name, t in live.tensors.items()}
+        return Snapshot(live.step, live.updates, live.loss_scale, tensors)
+
     def keep(self, copy: Snapshot) -> None:
         """Add a copy to those of its step."""
         with self._changed:
@@ -120,12 +131,19 @@ class Memory:
     def forget_before(self, step: float) -> None:
         """Drop copies of steps before ``step``: nobody will ever go back so far."""
         with self._changed:
-            self._copies = {s: copy for s, copy in self._copies.items() if s >= step}
+            self._let_go([s for s in self._copies if s < step])
 
     def go_back(self, step: int) -> None:
         """Drop copies of steps after ``step``: they are computed anew, in another order of sums."""
         with self._changed:
-            self._copies = {s: copy for s, copy in self._copies.items() if s <= step}
+            self._let_go([s for s in self._copies if s > step])
+
+    def _let_go(self, steps: Sequence[int]) -> None:
+        for step in steps:
+            tensors = self._copies.pop(step).tensors.items()
+            # Residuals are not copied again where they are taken over.
+            owned = (t for name, t in tensors if not name.startswith((RESIDUAL, SPARE)))
+            self._recycler.take_back(owned)
 
     # ------------------------------------------------------------------ for peers
 
@@ -146,6 +164,9 @@ class Memory:
     def check(self, generation: int, step: int) -> None:
         if generation != self._generation:
             raise AbortedError(f"a copy of generation {generation}, now is {self._generation}")
+
+    def room(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return self._recycler.empty(shape, dtype)
 
     def take(
         self, generation: int, step: int, facts: Mapping[str, Any], tensors: dict[str, torch.Tensor]

@@ -192,9 +192,7 @@ class StageRuntime:
 
     def _copied_state(self) -> Snapshot:
         assert self._steps is not None
-        live = self._steps.live()
-        copies = {name: t.to("cpu", copy=True) for name, t in live.tensors.items()}
-        return Snapshot(live.step, live.updates, live.loss_scale, copies)
+        return self.memory.copied(self._steps.live())
 
     def _copied_residuals(self) -> Snapshot:
         assert self._steps is not None

@@ -16,7 +16,7 @@ import json
 import socket
 import struct
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
@@ -58,6 +58,9 @@ class Shelf(Protocol):
             TransportError: it is of another generation.
         """
 
+    def room(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Where a tensor of a copy goes, on the CPU and contiguous."""
+
     def take(
         self, generation: int, step: int, facts: Mapping[str, Any], tensors: dict[str, torch.Tensor]
     ) -> None:
@@ -92,7 +95,7 @@ class StateServer:
             try:
                 if request["verb"] == "put":
                     self._shelf.check(generation, step)
-                    tensors = _receive_tensors(connection, request["tensors"])
+                    tensors = _receive_tensors(connection, request["tensors"], self._shelf.room)
                     self._shelf.take(generation, step, request["facts"], tensors)
                     found: Mapping[str, torch.Tensor] = {}
                 else:
@@ -135,7 +138,7 @@ class Streams:
         with self._connected(address) as connection:
             request = {"verb": "get", "generation": self._generation, "step": step}
             _send_header(connection, {**request, "names": list(names)})
-            return _receive_tensors(connection, _reply(connection, address)["tensors"])
+            return _receive_tensors(connection, _reply(connection, address)["tensors"], _fresh)
 
     def fetch_all(
         self, sources: Mapping[Address, Sequence[str]], step: int
@@ -274,14 +277,20 @@ def _send_tensors(connection: socket.socket, tensors: Mapping[str, torch.Tensor]
 
 
 def _receive_tensors(
-    connection: socket.socket, described: Sequence[tuple[str, str, list[int]]]
+    connection: socket.socket,
+    described: Sequence[tuple[str, str, list[int]]],
+    room: Callable[[Sequence[int], torch.dtype], torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     found = {}
     for name, dtype, shape in described:
-        found[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+        found[name] = room(shape, getattr(torch, dtype))
         if found[name].numel():
             _fill(connection, _bytes(found[name]))
     return found
+
+
+def _fresh(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(tuple(shape), dtype=dtype)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
