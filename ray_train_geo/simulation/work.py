@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ray_train_geo.schedule.actions import Action
 from ray_train_geo.schedule.timeline import Hop
@@ -62,6 +62,7 @@ class PipelineWork:
         weight_s: ``[stages]``; seconds of one microbatch's W; None: a B is a whole backward.
         traffic_slowdown: seconds that a stage's F or B takes longer for each second that a message
             into it, or out of it, is on its way: what messages take of who computes.
+        microbatches: how many messages each flow carries.
     """
 
     actions: Sequence[Sequence[Action]]
@@ -73,12 +74,10 @@ class PipelineWork:
     blocking_sends: bool = False
     weight_s: tuple[float, ...] | None = None
     traffic_slowdown: float = 0.0
+    microbatches: int = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
+        count = sum(a.kind == "F" for a in self.actions[0]) if self.actions else 0
+        object.__setattr__(self, "microbatches", count)
         if not 0 <= self.traffic_slowdown < math.inf:
             raise ValueError(f"traffic_slowdown is 0 or more, not {self.traffic_slowdown}")
-
-    @property
-    def microbatches(self) -> int:
-        """How many messages each flow carries."""
-        return sum(a.kind == "F" for a in self.actions[0]) if self.actions else 0
