@@ -44,3 +44,29 @@ def test_descriptors_that_stay_are_told() -> None:
     assert not descriptors.passed
     assert "+6" in descriptors.detail
     assert "rank 0 of layers 0-4 | 0-4 | 0-4" in descriptors.detail
+
+
+def test_what_is_under_way_for_a_moment_is_no_growth() -> None:
+    census = Census()
+    for number in range(1, 10):
+        opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(5 if number in (5, 9) else 0)]
+        census.take(generation(number, WHOLE))
+        for descriptor in opened:
+            os.close(descriptor)
+    _, descriptors, _ = census.checks()
+    assert descriptors.passed, descriptors.detail
+
+
+def test_a_slow_leak_is_told() -> None:
+    census, opened = Census(), []
+    try:
+        for number in range(1, 13):
+            census.take(generation(number, WHOLE))
+            if number % 2:
+                opened.append(os.open(os.devnull, os.O_RDONLY))
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+    _, descriptors, _ = census.checks()
+    assert not descriptors.passed
+    assert "+4" in descriptors.detail
