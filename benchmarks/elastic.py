@@ -8,6 +8,8 @@
 coordinator, no heartbeats, no reports, no copies), and as a service on a Ray cluster of two nodes,
 without and with in-memory copies.  The sum that commits a step is in all of them: clipping needs
 the norm anyway.  Machines are shared and noisy, so the ratio of turns counts, not the seconds.
+Beside it stands what all processes (Ray's, too) computed for a step, which neighbours change less:
+as two workers keep two cores busy, what is more of that makes a step longer by as much.
 
 ``kills``: random faults in a job of two pipelines on four nodes; seconds from the fault to the next
 committed step, by phase.
@@ -18,6 +20,7 @@ committed step, by phase.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -25,13 +28,21 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import numpy as np
+import psutil
+
 from ray_train_geo.chaos.faults import parse_faults
 from ray_train_geo.chaos.local_cluster import local_cluster
+from ray_train_geo.chaos.processes import in_session
 from ray_train_geo.chaos.recovery import Recovery
 from ray_train_geo.chaos.run import run_chaos
 from ray_train_geo.data.dataset import open_dataset
@@ -73,16 +84,65 @@ def overhead_job(folder: Path, name: str, steps: int, copies: int) -> JobSpec:
     )
 
 
-def plain_step_s(folder: Path, plan: Path, steps: int) -> float:
-    """Median step of the plan's stages as processes of their own."""
+class Step(NamedTuple):
+    """Medians of a turn: seconds of a step, and what all processes computed for one."""
+
+    wall_s: float
+    cpu_s: float
+
+
+class CpuClock:
+    """What some processes have computed so far, all together, as it was at any time."""
+
+    def __init__(self, pids: Callable[[], Sequence[int]]) -> None:
+        self._pids = pids
+        self._of: dict[int, float] = {}  # also of those that have ended
+        self._times_s: list[float] = []
+        self._totals_s: list[float] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+
+    def __enter__(self) -> CpuClock:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._ended.wait(0.5):
+            for pid in self._pids():
+                with contextlib.suppress(psutil.Error):
+                    times = psutil.Process(pid).cpu_times()
+                    self._of[pid] = times.user + times.system
+            self._times_s.append(time.time())
+            self._totals_s.append(sum(self._of.values()))
+
+    def rate(self, begin_s: float, end_s: float) -> float:
+        """Seconds of computing a second, between two times."""
+        at_begin, at_end = np.interp([begin_s, end_s], self._times_s, self._totals_s)
+        return float((at_end - at_begin) / (end_s - begin_s))
+
+
+def plain_step(folder: Path, plan: Path, steps: int) -> Step:
+    """Of the plan's stages as processes of their own."""
     command = [sys.executable, __file__, "plain", "--steps", str(steps)]
-    done = subprocess.run(
+    child = subprocess.Popen(
         [*command, "--plan", str(plan), "--folder", str(folder)],
-        check=True,
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
-    return float(done.stdout.split()[-1])
+    with CpuClock(lambda: in_session(child.pid)) as clock:
+        text, _ = child.communicate()
+    if child.returncode:
+        raise SystemExit(child.returncode)
+    wall_s, end_s = map(float, text.split())
+    # In the midst of them: processes begin and end, too.
+    return Step(
+        wall_s, wall_s * clock.rate(end_s - 0.75 * steps * wall_s, end_s - 0.25 * steps * wall_s)
+    )
 
 
 def plain(args: argparse.Namespace) -> None:
@@ -91,41 +151,53 @@ def plain(args: argparse.Namespace) -> None:
     dims = job.dims(open_dataset(job.data, job.training.seq_len).vocab_size)
     plan = Plan.from_json(json.loads(Path(args.plan).read_text()))
     records = run_local(job, dims, plan).records
-    print(statistics.median(r.step_s for r in records[WARMUP_STEPS:]))
+    print(statistics.median(r.step_s for r in records[WARMUP_STEPS:]), time.time())
 
 
 def overhead(args: argparse.Namespace) -> None:
-    plains, ratios = [], defaultdict[str, list[float]](list)
+    plains, ratios = list[Step](), defaultdict[str, list[Step]](list)
     with tempfile.TemporaryDirectory(prefix="rtgb") as name, local_cluster(2) as cluster:
         folder = Path(name)
 
-        def served_step_s(label: str, copies: int) -> float:
+        def served(label: str, copies: int) -> Step:
             path, log = folder / f"{label}.yaml", folder / f"{label}.log"
             job = overhead_job(folder, label, args.steps, copies)
             path.write_text(job.to_yaml())
             train = [sys.executable, "-m", "ray_train_geo", "train", str(path)]
-            if cluster.spawn([*train, f"--address={cluster.address}"], log).wait():
-                raise SystemExit(log.read_text())
+            driver = cluster.spawn([*train, f"--address={cluster.address}"], log)
+            with CpuClock(lambda: [*cluster.processes(), *in_session(driver.pid)]) as clock:
+                if driver.wait():
+                    raise SystemExit(log.read_text())
             lines = (job.run.directory / "metrics.jsonl").read_text().splitlines()
-            steps = [json.loads(line)["step_s"] for line in lines]
-            return statistics.median(steps[WARMUP_STEPS:])
+            records = [json.loads(line) for line in lines][WARMUP_STEPS:]
+            wall_s = statistics.median(r["step_s"] for r in records)
+            return Step(wall_s, wall_s * clock.rate(records[0]["time"], records[-1]["time"]))
 
         for turn in range(args.rounds):
-            without = served_step_s(f"without{turn}", 0)
-            alone = plain_step_s(folder, folder / f"without{turn}" / "plan.json", args.steps)
-            with_copies = served_step_s(f"with{turn}", 1)
+            without = served(f"without{turn}", 0)
+            alone = plain_step(folder, folder / f"without{turn}" / "plan.json", args.steps)
+            copied = served(f"with{turn}", 1)
             plains.append(alone)
-            ratios["service"].append(without / alone)
-            ratios["service and copies each step"].append(with_copies / alone)
-            ratios["copies alone"].append(with_copies / without)
+            for what, more, less in (
+                ("service", without, alone),
+                ("service and copies each step", copied, alone),
+                ("copies alone", copied, without),
+            ):
+                ratios[what].append(Step(more.wall_s / less.wall_s, more.cpu_s / less.cpu_s))
             print(
-                f"turn {turn}: plain {alone:.4f} s, service {without:.4f} s, with copies "
-                f"{with_copies:.4f} s (1-minute load {os.getloadavg()[0]:.1f})",
+                f"turn {turn}: plain {alone.wall_s:.4f} s (computing {alone.cpu_s:.4f}), service "
+                f"{without.wall_s:.4f} ({without.cpu_s:.4f}), with copies {copied.wall_s:.4f} "
+                f"({copied.cpu_s:.4f}); 1-minute load {os.getloadavg()[0]:.1f}",
                 flush=True,
             )
-    print(f"plain processes: median step {statistics.median(plains):.4f} s")
-    for what, values in ratios.items():
-        print(f"{what}: {statistics.median(values) - 1:+.1%} (turns {sorted_percent(values)})")
+    alone = [statistics.median(values) for values in zip(*plains, strict=True)]
+    print(f"plain processes: median step {alone[0]:.4f} s, computing {alone[1]:.4f} s")
+    for what, steps in ratios.items():
+        wall, cpu = ([step[i] for step in steps] for i in (0, 1))
+        print(
+            f"{what}: {statistics.median(wall) - 1:+.1%} (turns {sorted_percent(wall)}); computing "
+            f"{statistics.median(cpu) - 1:+.1%} (turns {sorted_percent(cpu)})"
+        )
 
 
 def sorted_percent(ratios: list[float]) -> str:
