@@ -184,6 +184,8 @@ class Recruiter:
     ) -> tuple[Crew, dict[tuple[str, str], Link]]:
         """Workers on ``devices`` and those of the bench, and the new ones' links."""
         began = time.monotonic()
+        nodes = sorted({d.node for d in devices})
+        self._recorder.event("recruit", devices=[d.id for d in devices], nodes=nodes)
         crew = Crew(devices, self._mission.job, self._workforce, self._recorder)
         self._starting = crew
         try:
@@ -205,7 +207,7 @@ class Recruiter:
         self._recorder.event(
             "recruits",
             devices=[d.id for d in devices],
-            nodes=sorted({d.node for d in devices}),
+            nodes=nodes,
             seconds=time.monotonic() - began,
         )
         if bench is not None:
@@ -227,7 +229,8 @@ class Recruiter:
         staying = sum(d.node not in draining for d in ours)
         taken = {d.id for d in ours}
         found: list[Device] = []
-        for node in live_nodes():
+        # Last those that were lost: Ray may take a while to see that such a node is dead.
+        for node in sorted(live_nodes(), key=lambda n: self._flapping.losses(n.machine)):
             self._machines[node.id] = node.machine
             out = self._flapping.kept_out(node.machine, time.monotonic())
             if out or node.id in draining or node.id in self._declined:

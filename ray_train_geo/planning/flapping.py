@@ -36,5 +36,9 @@ class Flapping:
         self._not_before[node] = now_s + wait_s
         return wait_s
 
+    def losses(self, node: Hashable) -> float:
+        """How often ``node`` was lost, less what its stays have forgiven by its last loss."""
+        return self._losses.get(node, 0.0)
+
     def kept_out(self, node: Hashable, now_s: float) -> bool:
         return now_s < self._not_before.get(node, now_s)

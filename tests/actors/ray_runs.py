@@ -162,23 +162,48 @@ def ray_head(cpus: int = 4, dashboard: bool = False) -> Iterator[tuple[str, str]
 
 @contextlib.contextmanager
 def ray_node(address: str, cpus: int, region: str) -> Iterator[subprocess.Popen[bytes]]:
-    """One more node of the cluster at ``address``."""
-    node = subprocess.Popen(
-        [
-            str(BIN / "ray"), "start", "--block", f"--address={address}",
-            "--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", "--disable-usage-stats",
-            f"--labels=ray.io/region={region}", "--object-store-memory=80000000",
-            "--dashboard-agent-listen-port=0", f"--dashboard-agent-grpc-port={free_ports()}",
-        ],
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        yield node
-    finally:
-        end_node(node)
+    """One more node of the cluster at ``address``, once it has joined.
+
+    On a busy machine one in many does not: Ray's processes start with deadlines of their own.
+    """
+    with tempfile.TemporaryDirectory(prefix="rtgn", dir="/tmp") as temp:
+        for tries_left in (2, 1, 0):
+            log = Path(temp) / f"{tries_left}.log"
+            node = _start_node(address, cpus, region, log)
+            if _joined(node, log):
+                break
+            end_node(node)
+            assert tries_left, f"a node did not join: {log.read_text()[-2000:]}"
+        try:
+            yield node
+        finally:
+            end_node(node)
+
+
+def _start_node(address: str, cpus: int, region: str, log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as said:
+        return subprocess.Popen(
+            [
+                str(BIN / "ray"), "start", "--block", f"--address={address}",
+                "--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", "--disable-usage-stats",
+                f"--labels=ray.io/region={region}", "--object-store-memory=80000000",
+                "--dashboard-agent-listen-port=0", f"--dashboard-agent-grpc-port={free_ports()}",
+            ],
+            env=environment(),
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def _joined(node: subprocess.Popen[bytes], log: Path) -> bool:
+    """Wait until Ray says that the node has, or ends, or has taken too long."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and node.poll() is None:
+        if b"Ray runtime started" in log.read_bytes():
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def end_node(node: subprocess.Popen[bytes]) -> None:

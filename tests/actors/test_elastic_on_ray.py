@@ -52,9 +52,7 @@ def cluster() -> Iterator[tuple[str, dict[str, subprocess.Popen[bytes]]]]:
         address, _ = stack.enter_context(ray_head(cpus=0))
         nodes = {}
         for region in ("ohio", "oregon", "tokyo"):
-            # One after the other: they share this machine's ports and Ray's session folder.
             nodes[region] = stack.enter_context(ray_node(address, 1, region))
-            raylet_of(nodes[region])
         yield address, nodes
 
 

@@ -93,3 +93,13 @@ def test_a_machine_that_flaps_waits_longer_each_time(cloud: Cloud) -> None:
     assert waits == [0, 0, 1, 3, 7, 15, 31]
     cloud.boot(9, "steady")
     assert free(made) == ["node00000009"]
+
+
+def test_a_node_that_was_lost_is_tried_after_all_others(cloud: Cloud) -> None:
+    """Ray may take a while to see that it is dead, and a worker for it would be waited for."""
+    for number in (1, 2, 3):
+        cloud.boot(number, "abc"[number - 1])
+    made = recruiter(cloud)
+    lost = Device("node00000001/0", "node00000001")
+    made.lost([lost])
+    assert free(made) == ["node00000002", "node00000003", "node00000001"]

@@ -17,7 +17,6 @@ from ray_runs import (
     lines,
     ray_head,
     ray_node,
-    raylet_of,
     steps,
     training,
     wait_until,
@@ -41,7 +40,7 @@ def address() -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         address, _ = stack.enter_context(ray_head(cpus=0))
         for region in REGIONS:
-            raylet_of(stack.enter_context(ray_node(address, 1, region)))
+            stack.enter_context(ray_node(address, 1, region))
         yield address
 
 

@@ -29,6 +29,15 @@ def test_a_long_stay_is_forgiveness() -> None:
     assert nodes.went("a", 100.0 + 4 * 300.0) == 0.0
 
 
+def test_losses_are_told_in_order_to_prefer_who_had_none() -> None:
+    nodes = Flapping()
+    assert nodes.losses("a") == 0
+    nodes.went("a", 0.0)
+    nodes.went("a", 0.0)
+    nodes.went("b", 0.0)
+    assert [nodes.losses(node) for node in ("a", "b", "c")] == [2, 1, 0]
+
+
 @given(st.lists(st.floats(0.0, 20.0), min_size=1, max_size=80))
 def test_a_flapping_node_comes_back_less_and_less(stays: list[float]) -> None:
     """However it flaps, it is taken in about log2(T) times, and then every five minutes."""
