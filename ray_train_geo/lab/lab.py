@@ -23,6 +23,7 @@ from ray_train_geo.lab.emulate import network, some_nodes
 from ray_train_geo.lab.enter import enter_command
 from ray_train_geo.lab.host import INTERFACE
 from ray_train_geo.lab.network import Host
+from ray_train_geo.lab.probe import no_lab
 from ray_train_geo.lab.switch import CONTROL
 
 __all__ = ["Lab"]
@@ -150,10 +151,7 @@ class Lab(Control):
         line = stdout.readline()
         answer = json.loads(line) if line else {"error": "its switch died; see above"}
         if "error" in answer:
-            raise ClusterError(
-                f"no lab can be made here: {answer['error']}. It takes root (CAP_SYS_ADMIN and "
-                "CAP_NET_ADMIN) and /dev/net/tun"
-            )
+            raise ClusterError(no_lab(answer["error"]))
         return bool(answer["real_time"])
 
     def _end(self) -> None:

@@ -1,29 +1,54 @@
-"""Whether emulated hosts can be made on this machine, found out by making two.
+"""Whether the kernel lets this process make emulated hosts, found out by asking it for one.
 
-``python -m ray_train_geo.lab.probe`` says so with its exit code.
+``python -m ray_train_geo.lab.probe`` says so: exit code 0, or one line and exit code 1.  It asks
+the kernel alone.  Where that agrees and there is still no lab, the fault is ours.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 
-from ray_train_geo.cluster.topology import Device, Topology
-from ray_train_geo.errors import GeoError
-from ray_train_geo.lab.lab import Lab
-from ray_train_geo.lab.measure import round_trip_s
+from ray_train_geo.lab import kernel
 
-__all__ = ["why_not"]
+__all__ = ["no_lab"]
+
+_REFUSALS = (
+    errno.EPERM, errno.EACCES,  # no such right
+    errno.ENOENT, errno.ENODEV, errno.ENXIO, errno.ENOSYS,  # no such thing: no TUN, no namespaces
+)  # fmt: skip
 
 
-def why_not() -> str | None:
-    """Why this process can't make emulated hosts, in one line; None if it can."""
+def no_lab(reason: str) -> str:
+    """What to tell who wants a lab and can't have one."""
+    return (
+        f"no lab can be made here: {reason}. It takes root (CAP_SYS_ADMIN and CAP_NET_ADMIN) and "
+        "/dev/net/tun"
+    )
+
+
+def _make_a_host() -> None:
+    """In this process, which is of no use for anything else then."""
+    kernel.new_process_namespace()
+    child = os.fork()
+    if child:
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    kernel.new_namespaces()
+    kernel.mount_proc()
+    os.close(kernel.open_tun("probe0"))
+
+
+def _main() -> None:
+    if sys.platform != "linux":
+        sys.exit(no_lab("this is no Linux"))
     try:
-        with Lab(Topology((Device("a/0", "a"), Device("b/0", "b")))) as lab:
-            round_trip_s(lab, "a", "b", samples=1)
-    except GeoError as e:
-        return str(e)
-    return None
+        _make_a_host()
+    except OSError as e:
+        if e.errno not in _REFUSALS:
+            raise
+        sys.exit(no_lab(str(e)))
 
 
 if __name__ == "__main__":
-    sys.exit(why_not())
+    _main()

@@ -186,3 +186,21 @@ def test_a_machine_without_the_right_says_so() -> None:
     assert "no lab can be made here" in done.stderr
     assert "Operation not permitted" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_machine_with_the_right_says_nothing() -> None:
+    needs_lab()
+    done = subprocess.run(
+        [sys.executable, "-m", "ray_train_geo.lab.probe"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_fault_of_ours_is_not_taken_for_a_refusal() -> None:
+    """What the kernel does not know, it calls invalid: that is for us to hear of."""
+    needs_lab()
+    broken = "from ray_train_geo.lab import kernel, probe; kernel._NEW_NETWORK = -1; probe._main()"
+    done = subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "no lab can be made here" not in done.stderr
+    assert "Invalid argument" in done.stderr
