@@ -19,8 +19,9 @@ _LOWEST, _HIGHEST = 20_000, 32_767
 def free_ports(count: int = 1) -> int:
     """The first of ``count`` free ports in a row, on all interfaces.
 
-    The kernel gives none of them to a connection, or to a server that takes any port: what is free
-    now is still free when Ray, after seconds, gets to it.
+    The kernel gives none of them to a connection, or to a server that takes any port.  So what is
+    free now is free when Ray, after seconds, gets to it, unless somebody asks for that very port;
+    they are drawn at random, so that two who call this don't.
 
     Raises:
         ClusterError: there are none.
